@@ -1,0 +1,3 @@
+"""Draft trees for SGLang's DFLASH speculative decoding."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""Entry point of the tree plugin."""
+
+
+def register() -> None:
+    return None
