@@ -1,1 +1,21 @@
-"""Triton kernels for draft trees, each beside its plain-torch reference (no SGLang import)."""
+"""Kernels for draft-tree speculative decoding on SGLang's paged KV cache.
+
+Depends on torch and triton alone. Every operation dispatches on its tensors: CUDA (or TRITON_INTERPRET=1)
+runs the Triton kernel, CPU the torch implementation; both follow the same contract.
+"""
+
+from dflash_kernels.kv_compact import KVCompactor, compact_kv
+from dflash_kernels.tree import DraftTree, ancestor_mask, num_words
+from dflash_kernels.tree_accept import Accepted, accept_tree
+from dflash_kernels.tree_build import build_tree
+
+__all__ = [
+    "Accepted",
+    "DraftTree",
+    "KVCompactor",
+    "accept_tree",
+    "ancestor_mask",
+    "build_tree",
+    "compact_kv",
+    "num_words",
+]
