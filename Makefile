@@ -1,0 +1,77 @@
+# Every target works on a fresh machine with Python 3.11, a C compiler and a package index.
+# uv is used when it is here and is put into .venv when it is not.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY := .venv/bin/python
+CLI := .venv/bin/sglang-dflash
+STAMP := .venv/.installed
+# What `make serve ARGS="--port 8000"` and the others pass on.
+ARGS ?=
+# Time limit of `make bench`, in minutes.
+MINUTES ?= 30
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help install demo serve bench fetch test test-full lint format lock clean
+
+help:  ## what can be made here
+	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|'
+
+install: $(STAMP)  ## .venv with everything at the locked versions
+
+$(STAMP): requirements.lock requirements-reference.lock pyproject.toml
+	@if command -v uv >/dev/null && uv --version >/dev/null 2>&1; then \
+	  uv=uv; [ -x $(PY) ] || uv venv -q --python 3.11 .venv; \
+	else \
+	  [ -n "$(PYTHON)" ] || { echo "error: no python3 here; install Python 3.11" >&2; exit 1; }; \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	    || { echo "error: $(PYTHON) is not Python 3.11; set PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	  [ -x $(PY) ] || $(PYTHON) -m venv .venv; \
+	  [ -x .venv/bin/uv ] || $(PY) -m pip install -q --disable-pip-version-check 'uv>=0.9'; \
+	  uv=.venv/bin/uv; \
+	fi; \
+	$$uv pip install -p .venv --require-hashes -r requirements.lock; \
+	$$uv pip install -p .venv -q --no-deps --require-hashes -r requirements-reference.lock; \
+	$$uv pip install -p .venv -q --no-deps -e .
+	@touch $@
+
+fetch: $(STAMP)  ## the embedded target model, into the user's cache
+	@$(CLI) fetch smollm2 >/dev/null
+
+demo: fetch  ## plain server, then draft trees, same prompts, one table
+	$(CLI) demo $(ARGS)
+
+serve: fetch  ## an OpenAI-compatible server with draft trees
+	$(CLI) serve $(ARGS)
+
+bench: fetch  ## throughput, latency and accept length at concurrency 1 to 16
+	$(PY) benchmarks/serving.py --minutes $(MINUTES) $(ARGS)
+
+# One thread: the tests share their cores with the servers they start.
+test: fetch  ## everything that runs in 25 minutes on two cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow and not gpu" $(ARGS)
+
+test-full: fetch  ## all tests; those for a GPU skip where there is none
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests $(ARGS)
+
+lint: $(STAMP)  ## formatting, style and types
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: $(STAMP)  ## format and fix in place
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+# SGLang ships wheels for manylinux_2_34; the lock names no index, so it works with anyone's.
+lock:  ## resolve requirements.lock again
+	uv pip compile pyproject.toml --extra train --extra dev --generate-hashes --python-version 3.11 \
+	  --python-platform x86_64-manylinux_2_34 --no-header --no-annotate -q -o requirements.lock
+
+clean:  ## remove what was made here, .venv and out/ included
+	rm -rf .venv out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
