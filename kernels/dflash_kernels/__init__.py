@@ -4,18 +4,25 @@ Depends on torch and triton alone. Every operation dispatches on its tensors: CU
 runs the Triton kernel, CPU the torch implementation; both follow the same contract.
 """
 
+from dflash_kernels.head_topk import draft_topk, merge_topk
 from dflash_kernels.kv_compact import KVCompactor, compact_kv
 from dflash_kernels.tree import DraftTree, ancestor_mask, num_words
 from dflash_kernels.tree_accept import Accepted, accept_tree
+from dflash_kernels.tree_attn import TorchPlan, torch_plan, tree_attention
 from dflash_kernels.tree_build import build_tree
 
 __all__ = [
     "Accepted",
     "DraftTree",
     "KVCompactor",
+    "TorchPlan",
     "accept_tree",
     "ancestor_mask",
     "build_tree",
     "compact_kv",
+    "draft_topk",
+    "merge_topk",
     "num_words",
+    "torch_plan",
+    "tree_attention",
 ]

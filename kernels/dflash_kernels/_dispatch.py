@@ -8,7 +8,7 @@ import torch
 
 
 def interpreting() -> bool:
-    """True when Triton kernels run in the interpreter (the variable must be set before triton is imported)."""
+    """True when kernels run in Triton's interpreter (set the variable before triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
