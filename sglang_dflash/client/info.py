@@ -1,0 +1,78 @@
+"""What a running server says about itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from pydantic import BaseModel, ConfigDict
+
+from sglang_dflash.errors import UserError
+
+
+class Marker(BaseModel):
+    """What the plugin's hook puts into ``/server_info``: the worker really in use."""
+
+    model_config = ConfigDict(extra="allow")
+
+    plugin: str
+    mode: str
+    worker: str
+
+
+class ServerInfo(BaseModel):
+    """The part of ``/server_info`` that this package reads."""
+
+    model_config = ConfigDict(extra="allow")
+
+    version: str
+    model_path: str
+    dtype: str = "auto"
+    device: str | None = None
+    speculative_algorithm: str | None = None
+    speculative_num_draft_tokens: int | None = None
+    attention_backend: str | None = None
+    internal_states: list[dict[str, Any]] = []
+
+    @property
+    def marker(self) -> Marker | None:
+        """None when the plugin's hook did not run in the scheduler, or the server is not DFLASH."""
+        for state in self.internal_states:
+            if "dflash" in state:
+                return Marker.model_validate(state["dflash"])
+        return None
+
+    @property
+    def accept_length(self) -> float | None:
+        """Mean accept length since the server started (tokens per target pass, bonus included)."""
+        values = [
+            state["avg_spec_accept_length"]
+            for state in self.internal_states
+            if state.get("avg_spec_accept_length") is not None
+        ]
+        return sum(values) / len(values) if values else None
+
+
+def normalize_url(url: str) -> str:
+    """``host:port`` or a URL, with or without ``/v1``, to ``http://host:port``."""
+    if "://" not in url:
+        url = f"http://{url}"
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def read_server_info(url: str, timeout: float = 30.0) -> ServerInfo:
+    """Ask a running server; raises :class:`UserError` when it does not answer as SGLang does."""
+    base = normalize_url(url)
+    try:
+        # Proxy settings are for the world outside; a server on this machine is not reached by them.
+        reply = httpx.get(f"{base}/server_info", timeout=timeout, trust_env=False)
+    except httpx.HTTPError as error:
+        raise UserError(f"no answer from {base} ({type(error).__name__}); is the server running?") from error
+    except (httpx.InvalidURL, ValueError) as error:
+        raise UserError(f"{url!r} is not a URL; write for example http://127.0.0.1:30000") from error
+    if reply.status_code != 200:
+        raise UserError(f"{base}/server_info answered {reply.status_code}; is this an SGLang server?")
+    try:
+        return ServerInfo.model_validate(reply.json())
+    except ValueError as error:
+        raise UserError(f"{base}/server_info is not SGLang's; is this an SGLang server?") from error
