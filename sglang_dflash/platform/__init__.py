@@ -1,1 +1,4 @@
-"""TODO"""
+"""SGLang platform for machines without an accelerator."""
+
+#: Name under which our attention backend is registered with SGLang.
+ATTENTION_BACKEND = "dflash_cpu"
