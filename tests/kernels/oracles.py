@@ -71,7 +71,7 @@ def heap_tree(anchor, logprobs, ids, num_nodes, depth_bonus=None, keep_spine=Tru
     selected += forced
 
     spine = sorted((p for p in selected if set(p) == {0}), key=len)
-    rest = sorted((p for p in selected if set(p) != {0}), key=lambda p: (len(p), place[p]))
+    rest = [p for p in selected if set(p) != {0}]  # in the order they were popped
     order = [(), *spine, *rest]
     number = {p: i for i, p in enumerate(order)}
     tree = OracleTree(

@@ -29,7 +29,7 @@ def build_tree(
     Order and ties: score descending, then depth ascending, then the parent's place in this same order among
     the nodes of its depth, then the rank ascending. Scores are float32 sums taken from the root down, so
     every implementation gives the same tree bit for bit. Ids: selected top-1 chain first (id = depth), then
-    the rest by (depth, the order above).
+    the rest in the order above, so with a kept spine the first n nodes are the tree of budget n.
 
     NaN counts as -inf; a candidate of rank k counts as at most as likely as rank k - 1 (so everything
     behind a NaN is dropped); candidates of probability zero are never selected, save as part of a kept

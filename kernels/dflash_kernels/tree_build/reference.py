@@ -2,9 +2,8 @@
 
 Two facts make it small. With candidates sorted by rank and a level's nodes sorted by score, the child
 (parent place p, rank k) is preceded by the (p+1)(k+1)-1 children that dominate it, so a level of W places
-needs only the pairs with (p+1)(k+1) <= W: about W ln W instead of W K. And because parents precede children
-and equal scores are ordered by depth, the nodes selected at a depth are always the first ones of that
-level's order: the whole selection is one count per depth.
+needs only the pairs with (p+1)(k+1) <= W: about W ln W instead of W K. And a stable sort over all levels,
+laid out by (depth, place), applies the whole tie rule at once, because a parent never sorts behind its child.
 """
 
 from __future__ import annotations
@@ -72,23 +71,26 @@ def build_tree_torch(
     level = torch.stack(scores, 1)
     pick = torch.stack(picks, 1).clamp_(max=place.numel() - 1)
 
-    counts = _counts_per_depth(level, N, force_spine=keep_spine and N >= L + 1)
-    return _lay_out(anchor, topk_ids, place[pick], rank[pick], counts, N, out)
+    order = _best_first(level, N, force_spine=keep_spine and N >= L + 1)
+    return _lay_out(anchor, topk_ids, place[pick], rank[pick], *order, N, out)
 
 
-def _counts_per_depth(level: torch.Tensor, N: int, *, force_spine: bool) -> torch.Tensor:
-    """How many of each depth's places [bs, L, W] are among the N - 1 best: int64 [bs, L]."""
+def _best_first(level: torch.Tensor, N: int, *, force_spine: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The N - 1 best nodes of all depths, best first.
+
+    Args:
+        level: float32 [bs, L, W], scores of each depth's places in order.
+
+    Returns:
+        int64 [bs, n <= N - 1] flat (depth - 1) * W + place, and bool [bs, n], False for probability zero.
+    """
     bs, L, W = level.shape
-    if N == 1:
-        return torch.zeros(bs, L, dtype=torch.int64, device=level.device)
     if force_spine:
         level = level.clone()
         level[:, :, 0] = float("inf")
     # Row-major order is (depth, place): a stable sort applies the tie rule.
     best, index = level.view(bs, L * W).sort(dim=1, descending=True, stable=True)
-    chosen = best[:, : N - 1] > float("-inf")
-    counts = torch.zeros(bs, L, dtype=torch.int64, device=level.device)
-    return counts.scatter_add_(1, index[:, : N - 1] // W, chosen.long())
+    return index[:, : N - 1], best[:, : N - 1] > float("-inf")
 
 
 def _lay_out(
@@ -96,37 +98,37 @@ def _lay_out(
     topk_ids: torch.Tensor,
     place: torch.Tensor,
     rank: torch.Tensor,
-    counts: torch.Tensor,
+    chosen: torch.Tensor,
+    alive: torch.Tensor,
     N: int,
     out: DraftTree | None,
 ) -> DraftTree:
-    """Numbers the first `counts[:, d]` nodes of each depth and writes the tree.
+    """Numbers the chosen nodes and writes the tree.
 
     Args:
         place, rank: int64 [bs, L, W], the parent's place at the depth above and the rank of each node.
-        counts: int64 [bs, L].
+        chosen, alive: from `_best_first`.
     """
     bs, L, W = place.shape
     dev = place.device
-    extra = (counts - 1).clamp_(min=0)
-    # Spine nodes come first; `base` is the id of place 1 of each depth, less one.
-    base = (counts > 0).sum(1, keepdim=True) + extra.cumsum(1) - extra
-    p = torch.arange(W, device=dev)
-    d = torch.arange(L, device=dev)[:, None]
-    ids = torch.where(p == 0, d + 1, base[:, :, None] + p)
-    ids = torch.where(p < counts[:, :, None], ids, N).view(bs, L * W)
-    base_above = torch.nn.functional.pad(base[:, :-1], (1, 0))[:, :, None]
-    parent = torch.where(place == 0, d, base_above + place).view(bs, L * W)
+    above, at = chosen // W, chosen % W  # depth - 1, place
+    spine = alive & (at == 0)
+    other = alive & (at != 0)
+    ids = torch.where(spine, above + 1, spine.sum(1, keepdim=True) + other.cumsum(1))
+    ids = torch.where(alive, ids, N)
+    id_of = torch.zeros(bs, L * W, dtype=torch.int64, device=dev).scatter_(1, chosen, ids)
+    up = (above - 1).clamp(min=0) * W + place.view(bs, L * W).gather(1, chosen)
+    parent = torch.where(above > 0, id_of.gather(1, up), 0)
 
     tokens = anchor.long()[:, None].repeat(1, N + 1)
-    tokens.scatter_(1, ids, topk_ids.long().gather(2, rank).view(bs, L * W))
+    candidate = above * topk_ids.shape[2] + rank.view(bs, L * W).gather(1, chosen)
+    tokens.scatter_(1, ids, topk_ids.long().view(bs, -1).gather(1, candidate))
     parents = torch.zeros(bs, N + 1, dtype=torch.int64, device=dev).scatter_(1, ids, parent)[:, :N]
-    depth = torch.ones(bs, N + 1, dtype=torch.int32, device=dev)
-    depth.scatter_(1, ids, (d + 1).int().expand(L, W).reshape(1, L * W).expand(bs, -1))
+    depth = torch.ones(bs, N + 1, dtype=torch.int32, device=dev).scatter_(1, ids, above.int() + 1)
     depth[:, 0] = 0
 
     node = torch.arange(N, device=dev)
-    linked = (node > 0) & (node <= counts.sum(1, keepdim=True))
+    linked = (node > 0) & (node <= alive.sum(1, keepdim=True))
     same = (parents[:, :, None] == parents[:, None, :]) & linked[:, None, :] & (node > node[:, None])
     sibling = torch.where(same, node, N).amin(2)
     next_sibling = torch.where((sibling < N) & linked, sibling, -1)
