@@ -1,0 +1,173 @@
+"""The hooks on SGLang, one function each, and the proof that they are in place.
+
+Every target is a light module: SGLang imports a hook's target in every process that loads
+plugins, the HTTP front end included.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from sglang_dflash import __version__
+from sglang_dflash.plugin.drafter import block_size_of
+from sglang_dflash.settings import get_settings
+
+logger = logging.getLogger("sglang_dflash")
+
+CREATE_WORKER = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
+HANDLE_DFLASH = "sglang.srt.arg_groups.speculative_hook._handle_dflash"
+RESOLVE_ALIAS = "sglang.srt.arg_groups.speculative_hook._resolve_speculative_algorithm_alias"
+ROW_HEADROOM = "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len"
+ALLOC_LENS = "sglang.srt.mem_cache.allocation_sizing.page_aligned_decode_alloc_lens"
+SERVER_INFO = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_speculative"
+
+
+def create_worker(original: Callable, self: Any, server_args: Any) -> Any:
+    """AROUND ``SpeculativeAlgorithm.create_worker``: the tree worker for DFLASH, in the scheduler."""
+    if not self.is_dflash():
+        return original(self, server_args)
+    _install_in_scheduler()
+    verify_installed()
+    if get_settings().mode == "chain":
+        from sglang_dflash.plugin.banner import announce_chain
+
+        announce_chain()
+        return original(self, server_args)
+    from sglang_dflash.worker.worker import TreeWorker
+
+    return TreeWorker
+
+
+def handle_dflash(original: Callable, server_args: Any) -> Any:
+    """AROUND ``_handle_dflash``: drafter check, refusals and the default budget, in the parent."""
+    if get_settings().mode == "chain":
+        return original(server_args)
+    verify_installed()
+    from sglang_dflash.plugin.start import check_start
+
+    check_start(server_args)
+    return original(server_args)
+
+
+def resolve_alias(
+    original: Callable,
+    speculative_algorithm: Any,
+    speculative_draft_model_path: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """AROUND ``_resolve_speculative_algorithm_alias``: the first place SGLang opens the drafter."""
+    if str(speculative_algorithm).upper() == "DFLASH" and get_settings().mode == "tree":
+        from sglang_dflash.plugin.start import check_drafter_readable
+
+        check_drafter_readable(speculative_draft_model_path)
+    return original(speculative_algorithm, speculative_draft_model_path, *args, **kwargs)
+
+
+def _tree_spec() -> Any | None:
+    """The published speculative settings when our tree worker serves, else None."""
+    from sglang.srt.runtime_context import get_spec
+
+    spec = get_spec()
+    if spec.speculative_algorithm != "DFLASH" or get_settings().mode == "chain":
+        return None
+    return spec
+
+
+def decode_reserve(num_nodes: int, block: int) -> int:
+    """KV slots a request holds past its committed length, in tokens.
+
+    A step writes max(N, B) slots from the device's length on; the host's committed length lags
+    by up to the N tokens (in practice B) of the step in flight. SGLang reserves 2N, which for
+    N < B leaves the draft block writing slots of nobody or of another request.
+    """
+    return num_nodes + max(num_nodes, block)
+
+
+def row_headroom(original: Callable) -> int:
+    """AROUND ``get_req_to_token_extra_context_len``: room in the request's row for the reserve.
+
+    At page size 1 SGLang leaves 4 + N entries past the context length but writes 2N of them.
+    """
+    extra = original()
+    spec = _tree_spec()
+    if spec is None:
+        return extra
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_page_size
+
+    reserve = decode_reserve(int(spec.speculative_num_draft_tokens), block_size_of(spec))
+    return max(extra, 4 + reserve + get_alloc_page_size() - 1)
+
+
+def alloc_lens(original: Callable, reqs: Any, *, reserve: int, page_size: int) -> Any:
+    """AROUND ``page_aligned_decode_alloc_lens``: the reserve of one decode step (see decode_reserve)."""
+    spec = _tree_spec()
+    if spec is not None:
+        reserve = max(reserve, decode_reserve(int(spec.speculative_num_draft_tokens), block_size_of(spec)))
+    return original(reqs, reserve=reserve, page_size=page_size)
+
+
+def server_info(result: None, self: Any, state: dict[str, Any]) -> None:
+    """AFTER ``_add_speculative``: names the worker really in use in ``/server_info``."""
+    if not self.scheduler.spec_algorithm.is_dflash():
+        return
+    worker = self.scheduler.draft_worker
+    describe = getattr(worker, "describe", None)
+    state["dflash"] = {
+        "plugin": __version__,
+        "mode": "tree" if describe else "chain",
+        "worker": f"{type(worker).__module__}.{type(worker).__qualname__}",
+        **(describe() if describe else {}),
+    }
+
+
+def _table() -> dict[str, tuple[Callable, Any]]:
+    from sglang.srt.plugins.hook_registry import HookType
+
+    return {
+        CREATE_WORKER: (create_worker, HookType.AROUND),
+        HANDLE_DFLASH: (handle_dflash, HookType.AROUND),
+        RESOLVE_ALIAS: (resolve_alias, HookType.AROUND),
+        ROW_HEADROOM: (row_headroom, HookType.AROUND),
+        ALLOC_LENS: (alloc_lens, HookType.AROUND),
+    }
+
+
+def register_all() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    for target, (hook, kind) in _table().items():
+        HookRegistry.register(target, hook, kind)
+
+
+def _install_in_scheduler() -> None:
+    """The one hook whose target costs 20 s to import: only where it is imported anyway."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if SERVER_INFO not in HookRegistry._patched:
+        HookRegistry.register(SERVER_INFO, server_info, HookType.AFTER)
+        HookRegistry.apply_hooks()
+
+
+def missing() -> list[str]:
+    """Targets on which our hook is registered but not in force."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return [
+        target
+        for target, (hook, _) in _table().items()
+        if target not in HookRegistry._patched
+        or hook not in [registered for _, registered, _ in HookRegistry._hooks[target]]
+    ]
+
+
+def verify_installed() -> None:
+    """Stop when a hook was not applied: SGLang only logs that and would serve the chain."""
+    absent = missing()
+    if absent:
+        raise SystemExit(
+            f"sglang-dflash: SGLang did not apply the hook on {absent[0]}; the chain would run unnoticed. "
+            "Run `sglang-dflash doctor`, or set SGLANG_DFLASH_MODE=chain to use the built-in worker."
+        )

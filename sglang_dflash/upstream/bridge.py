@@ -1,0 +1,361 @@
+"""The worker's way to SGLang: every call a decode step makes into its internals is here.
+
+Mirrors what ``DFlashWorkerV2.forward_batch_generation`` does for a chain (SGLang 0.5.23,
+``speculative/dflash_worker_v2.py``), with a window of max(N, B) slots instead of B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from dflash_kernels import Accepted, DraftTree, ancestor_mask, draft_topk, merge_topk
+from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.lora.layers import unwrap_lora_layer
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    ForwardBatch,
+    ForwardMode,
+    enable_num_token_non_padded,
+)
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+from sglang.srt.speculative.dflash_utils import apply_dflash_verify_logits_adjustments, is_dense_head_weight
+from sglang.srt.speculative.dflash_worker_v2 import _resolve_dflash_embedding_module
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
+
+from sglang_dflash.errors import UserError
+from sglang_dflash.worker.accept.sample import SamplingParams
+from sglang_dflash.worker.step import Step, Width
+
+
+@dataclass
+class TreeVerifyInput(DFlashVerifyInput):
+    """SGLang's verify input plus the tree the attention backend needs.
+
+    Attributes:
+        tree_mask: bool [bs, N, N], row may see column (ancestor or self), for the CPU backend.
+        tree_ancestors: int32 [bs, N, ceil(N / 32)], the same bit-packed, for the Triton kernel.
+    """
+
+    tree_mask: torch.Tensor | None = None
+    tree_ancestors: torch.Tensor | None = None
+
+
+@dataclass
+class _Window(Step):
+    """A step with what SGLang needs beside it.
+
+    Attributes:
+        plan: SGLang's ``KVLocPlan`` over the step's slots.
+        host_lens: int [bs] on the CPU, an upper bound of the committed lengths.
+    """
+
+    plan: Any = None
+    host_lens: torch.Tensor | None = None
+
+
+def refuse_unserved(target_worker: Any) -> None:
+    """The last check before weights load: what the parent's config check cannot see.
+
+    Raises UserError for targets whose state or cache cannot branch.
+    """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    model_config = target_worker.model_runner.model_config
+    if mambaish_config(model_config) is not None:
+        raise UserError(
+            "draft trees do not serve targets with Mamba or linear-attention layers; "
+            "set SGLANG_DFLASH_MODE=chain"
+        )
+
+
+class Bridge:
+    """What the stages ask of SGLang.
+
+    Args:
+        worker: the TreeWorker, after upstream's ``__init__``.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+        self.target = worker.target_worker.model_runner
+        self.drafter = worker.draft_model_runner
+        self.device = worker.device
+        # The verify logits of a vocab-sharded head must arrive whole: every node's row is read.
+        processor = getattr(worker, "_target_logits_processor", None)
+        if processor is not None:
+            processor.defer_verify_gather = False
+        _keep_drafter_dtype(self.drafter)
+
+    # -- set-up -----------------------------------------------------------------
+
+    def backend_name(self) -> str:
+        backend = getattr(self.target, "attn_backend", None)
+        return type(backend).__name__ if backend is not None else "not built yet"
+
+    def install_tree_attention(self, width: Width) -> None:
+        """Make sure that the target's attention sees trees; there is no silent causal fallback.
+
+        Raises UserError when it would not.
+        """
+        from sglang_dflash.platform.attention_backend import CpuAttentionBackend
+
+        backend = self.target.attn_backend
+        if isinstance(backend, CpuAttentionBackend):
+            return  # reads tree_mask from the verify input
+        from sglang_dflash.upstream.triton_seam import install
+
+        install(backend, width)
+
+    def target_caches(self) -> list[torch.Tensor]:
+        """Every layer's K and V cache, [slots, heads, dim] each.
+
+        Raises UserError for pools that keep KV in another form.
+        """
+        pool = self.target.token_to_kv_pool
+        keys, values = getattr(pool, "k_buffer", None), getattr(pool, "v_buffer", None)
+        if not isinstance(keys, list) or not isinstance(values, list):
+            raise UserError(
+                f"draft trees cannot compact SGLang's {type(pool).__name__}; set SGLANG_DFLASH_MODE=chain"
+            )
+        return [*keys, *values]
+
+    # -- one step ---------------------------------------------------------------
+
+    def open_step(self, batch: Any, width: Width) -> _Window:
+        """Gather the step's slots from ``req_to_token`` and plan its KV writes.
+
+        The scheduler has reserved the slots (``hooks.decode_reserve``).
+        """
+        draft_input = batch.spec_info
+        prefix_lens = batch.seq_lens
+        if prefix_lens.is_cuda:
+            # Produced on the scheduler's stream by the previous step.
+            prefix_lens.record_stream(torch.cuda.current_stream())
+        table = self.target.req_to_token_pool.req_to_token
+        columns = prefix_lens[:, None] + torch.arange(width.slots, device=prefix_lens.device)
+        slots = table[batch.req_pool_indices[:, None], columns].long()
+        host_lens = batch.seq_lens_cpu if batch.seq_lens_cpu is not None else draft_input.nxt_kv_lens_cpu
+        plan = self.target.kv_index_translator.plan(
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=prefix_lens,
+            seq_lens_cpu=host_lens,
+            write_virtual=slots.reshape(-1),
+            read_extent=width.slots,
+        )
+        return _Window(
+            width=width,
+            anchor=draft_input.bonus_tokens.view(-1),
+            prefix_lens=prefix_lens,
+            slots=slots,
+            plan=plan,
+            host_lens=host_lens,
+        )
+
+    def _host_bound(self, batch: Any, step: _Window, rows: int) -> tuple[torch.Tensor, int]:
+        """Host-side upper bound of each request's length with ``rows`` rows of this step."""
+        assert step.host_lens is not None
+        bound = step.host_lens + rows if batch.seq_lens_cpu is not None else step.host_lens
+        return bound, int(bound.sum())
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The target's input embedding of the block, scaled as the target scales it."""
+        worker = self.worker
+        if worker._full_embed_gpu is not None:
+            rows = torch.nn.functional.embedding(ids, worker._full_embed_gpu)
+        else:
+            rows = unwrap_lora_layer(_resolve_dflash_embedding_module(worker.draft_model, self.target.model))(
+                ids
+            )
+        return rows * worker._noise_embed_scale if worker._noise_embed_scale != 1.0 else rows
+
+    def run_drafter(
+        self, batch: Any, step: _Window, ids: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """One drafter pass over the block; hidden states [bs, B, H] after its last norm."""
+        bs, block = ids.shape
+        embeds = self.embed(ids)
+        host_lens, host_sum = self._host_bound(batch, step, block)
+        forward = ForwardBatch(
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            batch_size=bs,
+            input_ids=ids.flatten(),
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=step.prefix_lens,
+            out_cache_loc=step.slots[:, :block].reshape(-1),
+            seq_lens_sum=host_sum,
+            seq_lens_cpu=host_lens,
+            positions=positions.reshape(-1),
+            input_embeds=embeds.view(bs * block, -1),
+            spec_algorithm=SpeculativeAlgorithm.DFLASH,
+            spec_info=self.worker._draft_block_spec_info,
+            capture_hidden_mode=CaptureHiddenMode.NULL,
+            num_token_non_padded=(
+                torch.full((), bs * block, dtype=torch.int32, device=ids.device)
+                if enable_num_token_non_padded()
+                else None
+            ),
+            global_num_token_non_padded_cpu=bs * block,
+            can_run_decode_cuda_graph=batch.can_run_decode_cuda_graph,
+        )
+        step.plan.bind(forward, self.drafter.kv_index_translator, cols=slice(0, block))
+        with torch.inference_mode(), draft_tp_context(self.worker.draft_parallel_layout):
+            hidden = self.drafter.forward(forward).logits_output.hidden_states
+        if hidden is None:
+            raise RuntimeError("SGLang's drafter returned no hidden states for the draft block")
+        return hidden.view(bs, block, -1)
+
+    def head_topk(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Top-K log-probabilities of the target's head over [T, H] drafter states.
+
+        Returns:
+            logprobs float32 [T, K] descending and token ids int64 [T, K], equal on all ranks.
+        """
+        head = unwrap_lora_layer(self.target.model.lm_head)
+        weight = getattr(head, "weight", None)
+        if weight is None or not is_dense_head_weight(weight):
+            raise UserError(
+                "draft trees need a target head with dense weights (bf16, fp16 or fp32); "
+                "set SGLANG_DFLASH_MODE=chain"
+            )
+        shard = getattr(head, "shard_indices", None)
+        parallel = get_parallel()
+        sharded = parallel.tp_size > 1 and shard is not None
+        values, ids, log_z = draft_topk(
+            hidden.to(weight.dtype),
+            weight,
+            k,
+            vocab_start=int(shard.org_vocab_start_index) if sharded else 0,
+            num_valid=int(shard.num_org_elements)
+            if sharded
+            else int(getattr(head, "org_vocab_size", len(weight))),
+            normalize=not sharded,
+        )
+        if not sharded:
+            return values, ids
+        group, ranks = parallel.tp_group, parallel.tp_size
+
+        def gather(mine: torch.Tensor) -> torch.Tensor:
+            every = torch.empty(
+                (ranks * mine.shape[0], *mine.shape[1:]), dtype=mine.dtype, device=mine.device
+            )
+            group.all_gather_into_tensor(every, mine.contiguous())
+            return every.view(ranks, *mine.shape)
+
+        values, ids, _ = merge_topk(gather(values), gather(ids), gather(log_z))
+        return values, ids
+
+    def run_target(self, batch: Any, step: _Window, tree: DraftTree, positions: torch.Tensor) -> Any:
+        """One target pass over the tree's nodes; SGLang's forward output."""
+        nodes = step.width.nodes
+        verify = TreeVerifyInput(
+            draft_token=tree.tokens.reshape(-1),
+            positions=positions,
+            draft_token_num=nodes,
+            capture_hidden_mode=CaptureHiddenMode.FULL,
+            kv_loc_plan=step.plan,
+            kv_loc_cols=slice(0, nodes),
+            tree_mask=None if tree.tokens.is_cuda else ancestor_mask(tree.ancestors, nodes),
+            tree_ancestors=tree.ancestors,
+        )
+        batch.out_cache_loc = step.slots[:, :nodes].reshape(-1)
+        lens, total = batch.seq_lens_cpu, batch.seq_lens_sum
+        batch.seq_lens_cpu, batch.seq_lens_sum = self._host_bound(batch, step, nodes)
+        forward, _ = verify.prepare_for_verify(batch, self.worker.target_worker)
+        batch.seq_lens_cpu, batch.seq_lens_sum = lens, total
+        return self.worker.target_worker.forward_batch_generation(
+            batch=None, forward_batch=forward, is_verify=True, skip_attn_backend_init=True
+        )
+
+    # -- request features ---------------------------------------------------------
+
+    def start_grammar(self, batch: Any, tree: DraftTree) -> GrammarTree | None:
+        """Start copying the tree to the host, before the target pass is launched."""
+        if not batch.has_grammar:
+            return None
+        return GrammarTree.from_device(tree.first_child.long(), tree.next_sibling.long(), tree.tokens)
+
+    def adjust_logits(
+        self, batch: Any, logits: torch.Tensor, step: Step, grammar: GrammarTree | None, barrier: Any
+    ) -> None:
+        """Apply logit bias, custom processors and the grammar to every node's row, in place."""
+        mask = None
+        if grammar is not None:
+            mask = build_grammar_vocab_mask(
+                reqs=batch.reqs,
+                tree=grammar,
+                sampling_info=batch.sampling_info,
+                device=logits.device,
+                barrier=barrier,
+            )
+        if batch.sampling_info is not None:
+            apply_dflash_verify_logits_adjustments(
+                next_token_logits=logits,
+                sampling_info=batch.sampling_info,
+                draft_token_num=step.width.nodes,
+            )
+        if mask is not None:
+            mask.apply(logits)
+
+    def sampling_params(self, batch: Any) -> SamplingParams | None:
+        info = batch.sampling_info
+        if info is None:
+            return None
+        return SamplingParams(
+            temperature=info.temperatures.view(-1),
+            top_k=info.top_ks,
+            top_p=info.top_ps,
+            min_p=info.min_ps,
+            all_greedy=bool(info.is_all_greedy),
+            any_top_k=bool(info.need_top_k_sampling),
+            any_top_p=bool(info.need_top_p_sampling),
+            any_min_p=bool(info.need_min_p_sampling),
+        )
+
+    def logprobs(self, batch: Any, output: Any, accepted: Accepted, chosen: torch.Tensor) -> None:
+        """Log-probabilities of the committed tokens, where a request asks for them."""
+        if not batch.return_logprob:
+            return
+        bs, nodes = chosen.shape
+        rows = torch.arange(bs, device=chosen.device)[:, None] * nodes + accepted.path.clamp(min=0)
+        compute_spec_logprobs(batch, output, chosen.reshape(-1), accept_index=rows)
+
+    def append_drafter_kv(
+        self, step: _Window, hidden: torch.Tensor, positions: torch.Tensor, accept_lens: torch.Tensor
+    ) -> None:
+        """Write the drafter's K and V for the accepted path's features.
+
+        Args:
+            hidden: [bs, B, k * H], rows of the path (rows beyond accept_lens are not written).
+            positions: int64 [bs, B].
+            accept_lens: int32 [bs].
+        """
+        bs, block = positions.shape
+        cache_loc = self.worker._draft_write_ids(step.plan).view(bs, -1)[:, :block].contiguous()
+        self.worker._append_target_hidden_to_draft_kv_by_loc(
+            target_hidden=hidden.reshape(bs * block, -1),
+            cache_loc=cache_loc.view(-1),
+            cache_loc_2d=cache_loc,
+            positions=positions.reshape(-1),
+            commit_lens=accept_lens,
+        )
+
+
+def _keep_drafter_dtype(runner: Any) -> None:
+    """Undo the bfloat16 cast of ``input_embeds`` on the drafter's runner.
+
+    ``ModelRunner._extend_forward_kwargs`` casts them whatever the model's dtype, which breaks
+    float32 and float16 drafters in eager mode.
+    """
+    original = runner._extend_forward_kwargs
+
+    def keep(forward_batch: Any, pp_proxy_tensors: Any) -> dict:
+        kwargs = original(forward_batch, pp_proxy_tensors)
+        if forward_batch.input_embeds is not None and "input_embeds" in kwargs:
+            kwargs["input_embeds"] = forward_batch.input_embeds.to(runner.dtype)
+        return kwargs
+
+    runner._extend_forward_kwargs = keep

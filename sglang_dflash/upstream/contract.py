@@ -1,0 +1,174 @@
+"""What we expect of SGLang's internals: names and parameters, checked at start and in CI.
+
+Light modules are checked in every process by ``check``; heavy ones, whose import pulls model
+code, by ``check_worker`` in the scheduler and by the contract test.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+
+from sglang_dflash.errors import UserError
+
+# dotted name -> parameters that must exist (a superset is fine).
+LIGHT: dict[str, tuple[str, ...]] = {
+    "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker": ("self", "server_args"),
+    "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.is_dflash": ("self",),
+    "sglang.srt.arg_groups.speculative_hook._handle_dflash": ("server_args",),
+    "sglang.srt.arg_groups.speculative_hook._resolve_speculative_algorithm_alias": (
+        "speculative_algorithm",
+        "speculative_draft_model_path",
+    ),
+    "sglang.srt.arg_groups.overrides.declare_resolution": ("server_args", "source"),
+    "sglang.srt.arg_groups.overrides.resolving_view": ("server_args",),
+    "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len": (),
+    "sglang.srt.mem_cache.allocation_sizing.get_alloc_page_size": (),
+    "sglang.srt.mem_cache.allocation_sizing.page_aligned_decode_alloc_lens": (
+        "reqs",
+        "reserve",
+        "page_size",
+    ),
+    "sglang.srt.plugins.hook_registry.HookRegistry.register": ("target", "hook", "hook_type"),
+}
+
+WORKER: dict[str, tuple[str, ...]] = {
+    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_speculative": (
+        "self",
+        "state",
+    ),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.__init__": (
+        "self",
+        "server_args",
+        "gpu_id",
+        "nccl_port",
+        "target_worker",
+    ),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.forward_batch_generation": (
+        "self",
+        "batch",
+        "on_publish",
+        "grammar_barrier",
+        "pp_proxy_tensors",
+    ),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.alloc_memory_pool": (
+        "self",
+        "memory_pool_config",
+        "req_to_token_pool",
+        "token_to_kv_pool_allocator",
+    ),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.init_attention_backends": ("self",),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.init_cuda_graphs": ("self",),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._maybe_build_draft_sampler": ("self",),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._validate_phase1_sampling_support": (
+        "self",
+        "batch",
+    ),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._draft_write_ids": ("self", "plan"),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._make_next_draft_input_decode": (
+        "self",
+        "bonus_tokens",
+        "new_seq_lens",
+    ),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._append_target_hidden_to_draft_kv_by_loc": (
+        "self",
+        "target_hidden",
+        "cache_loc",
+        "positions",
+        "cache_loc_2d",
+        "commit_lens",
+    ),
+    "sglang.srt.speculative.dflash_worker_v2._resolve_dflash_embedding_module": (
+        "draft_model",
+        "target_model",
+    ),
+    "sglang.srt.speculative.dflash_info.DFlashVerifyInput.__init__": (
+        "self",
+        "draft_token",
+        "positions",
+        "draft_token_num",
+        "custom_mask",
+        "capture_hidden_mode",
+        "kv_loc_plan",
+        "kv_loc_cols",
+    ),
+    "sglang.srt.speculative.dflash_info.DFlashVerifyInput.prepare_for_verify": (
+        "self",
+        "batch",
+        "target_worker",
+    ),
+    "sglang.srt.mem_cache.kv_index_translator.KVIndexTranslator.plan": (
+        "self",
+        "req_pool_indices",
+        "seq_lens",
+        "seq_lens_cpu",
+        "write_virtual",
+        "read_extent",
+    ),
+    "sglang.srt.mem_cache.kv_loc_plan.KVLocPlan.bind": ("self", "batch", "reader", "cols"),
+    "sglang.srt.layers.logprob_processor.compute_spec_logprobs": (
+        "batch",
+        "logits_output",
+        "predict",
+        "accept_index",
+    ),
+    "sglang.srt.speculative.dflash_utils.apply_dflash_verify_logits_adjustments": (
+        "next_token_logits",
+        "sampling_info",
+        "draft_token_num",
+    ),
+    "sglang.srt.speculative.spec_utils.GrammarTree.from_device": (
+        "retrieve_next_token",
+        "retrieve_next_sibling",
+        "draft_token",
+    ),
+    "sglang.srt.speculative.spec_utils.build_grammar_vocab_mask": (
+        "reqs",
+        "tree",
+        "sampling_info",
+        "device",
+        "barrier",
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner._extend_forward_kwargs": (
+        "self",
+        "forward_batch",
+        "pp_proxy_tensors",
+    ),
+}
+
+
+def broken(table: dict[str, tuple[str, ...]]) -> list[str]:
+    """One line per name that is gone or has lost a parameter."""
+    lines = []
+    for name, wanted in table.items():
+        try:
+            function = pkgutil.resolve_name(name)
+            parameters = inspect.signature(inspect.unwrap(function)).parameters
+        except (ImportError, AttributeError, ValueError) as error:
+            lines.append(f"{name} is gone ({error})")
+            continue
+        lost = [parameter for parameter in wanted if parameter not in parameters]
+        if lost:
+            lines.append(f"{name} has no parameter {', '.join(lost)}")
+    return lines
+
+
+def _raise_if_broken(table: dict[str, tuple[str, ...]]) -> None:
+    lines = broken(table)
+    if lines:
+        from importlib.metadata import version
+
+        raise UserError(
+            f"sglang {version('sglang')} is not the release this plugin was made for (0.5.23): {lines[0]}; "
+            "install a matching sglang or uninstall sglang-dflash"
+        )
+
+
+def check() -> None:
+    """Check the light contract. Raises UserError naming the first broken name."""
+    _raise_if_broken(LIGHT)
+
+
+def check_worker() -> None:
+    """Check the worker's contract (imports model code). Raises UserError."""
+    _raise_if_broken(WORKER)

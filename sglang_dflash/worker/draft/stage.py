@@ -1,0 +1,70 @@
+"""The draft block: ``[anchor, mask, mask, ...]`` through the drafter, once (arXiv 2602.06036, 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_dflash.worker.step import Step
+
+if TYPE_CHECKING:
+    from sglang_dflash.upstream.bridge import Bridge
+
+
+@dataclass
+class Candidates:
+    """What the drafter thinks of each position after the anchor.
+
+    Attributes:
+        logprobs: float32 [bs, L, K], descending in K; log-softmax over the whole vocabulary.
+        ids: int64 [bs, L, K], token ids.
+    """
+
+    logprobs: torch.Tensor
+    ids: torch.Tensor
+
+
+class DraftStage:
+    """Owns the block's ids and positions, which a captured drafter graph reads in place.
+
+    Args:
+        bridge: the way to SGLang's drafter and the target's head.
+        mask_token_id: the id whose embedding stands for "to be drafted".
+        top_k: K, candidates kept per position.
+    """
+
+    def __init__(self, bridge: Bridge, *, mask_token_id: int, top_k: int) -> None:
+        self.bridge = bridge
+        self.mask_token_id = mask_token_id
+        self.top_k = top_k
+        self._ids = torch.empty((0, 0), dtype=torch.int64)
+        self._positions = torch.empty((0, 0), dtype=torch.int64)
+
+    def _buffers(self, bs: int, block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._ids.shape[0] < bs or self._ids.shape[1] != block:
+            rows = max(bs, 2 * self._ids.shape[0], 16)
+            self._ids = torch.empty((rows, block), dtype=torch.int64, device=device)
+            self._positions = torch.empty((rows, block), dtype=torch.int64, device=device)
+        return self._ids[:bs], self._positions[:bs]
+
+    def __call__(self, step: Step, batch: object) -> Candidates:
+        """Run the drafter once.
+
+        Returns:
+            Candidates of [bs, L, K] for positions prefix + 1 .. prefix + L.
+        """
+        bs, block = step.batch_size, step.width.block
+        device = step.anchor.device
+        ids, positions = self._buffers(bs, block, device)
+        ids.fill_(self.mask_token_id)
+        # Slot 0 is the clean anchor; with the mask there too, accept length collapses.
+        ids[:, 0].copy_(step.anchor)
+        torch.add(step.prefix_lens[:, None], torch.arange(block, device=device), out=positions)
+        hidden = self.bridge.run_drafter(batch, step, ids, positions)
+        logprobs, token_ids = self.bridge.head_topk(
+            hidden[:, 1:].reshape(bs * step.width.depth, -1), self.top_k
+        )
+        shape = (bs, step.width.depth, self.top_k)
+        return Candidates(logprobs.view(shape), token_ids.view(shape))

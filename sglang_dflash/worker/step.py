@@ -1,0 +1,51 @@
+"""What one decode step knows before its first stage runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Width:
+    """How wide one step is. A per-step variable: nothing below keeps it beyond the step.
+
+    Attributes:
+        nodes: N, rows verified per request, the root (bonus token) included.
+        block: B, rows of the draft block, the anchor included.
+    """
+
+    nodes: int
+    block: int
+
+    @property
+    def depth(self) -> int:
+        """L = B - 1, the deepest a tree can be."""
+        return self.block - 1
+
+    @property
+    def slots(self) -> int:
+        """KV slots a step writes past each request's committed length."""
+        return max(self.nodes, self.block)
+
+
+@dataclass
+class Step:
+    """The step's fixed facts, on the device.
+
+    Attributes:
+        width: N and B of this step.
+        anchor: int64 [bs], each request's last committed token, whose KV is not yet written.
+        prefix_lens: int64 [bs], committed tokens with KV in the cache.
+        slots: int64 [bs, width.slots], cache slots of positions prefix .. prefix + slots - 1.
+    """
+
+    width: Width
+    anchor: torch.Tensor
+    prefix_lens: torch.Tensor
+    slots: torch.Tensor
+
+    @property
+    def batch_size(self) -> int:
+        return self.anchor.shape[0]

@@ -1,0 +1,66 @@
+"""Best-first tree over prefix probabilities (DDTree, arXiv 2604.12989), calibrated per depth."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from dflash_kernels import DraftTree, build_tree
+
+from sglang_dflash.errors import UserError
+from sglang_dflash.worker.draft import Candidates
+from sglang_dflash.worker.step import Step
+
+Rewrite = Callable[[Candidates, Step, Any], Candidates]
+
+
+def load_rewrite(name: str) -> Rewrite | None:
+    """The function named by ``SGLANG_DFLASH_CANDIDATES`` ("module:function"), or None for "".
+
+    Raises UserError when it cannot be imported.
+    """
+    if not name:
+        return None
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"SGLANG_DFLASH_CANDIDATES={name!r} cannot be imported ({error}); write it as module:function"
+        ) from error
+
+
+class TreeStage:
+    """Turns candidates into a tree of N nodes with the top-1 chain (spine) at ids 0..B-1.
+
+    The drafter predicts positions independently, so a product of marginals undervalues the deep
+    top-1 path: with N >= B the whole spine is always in.
+
+    Args:
+        depth_bonus: fitted log-bonus per depth (L floats) or None, see docs/training.md.
+        rewrite: replaces the drafter's candidates, for tests and experiments.
+        device: where the bonus lives.
+    """
+
+    def __init__(
+        self, *, depth_bonus: Sequence[float] | None, rewrite: Rewrite | None, device: torch.device | str
+    ) -> None:
+        self.rewrite = rewrite
+        self.depth_bonus = (
+            None
+            if depth_bonus is None
+            else torch.tensor(list(depth_bonus), dtype=torch.float32, device=device)
+        )
+
+    def __call__(self, candidates: Candidates, step: Step, batch: object) -> DraftTree:
+        if self.rewrite is not None:
+            candidates = self.rewrite(candidates, step, batch)
+        return build_tree(
+            step.anchor,
+            candidates.logprobs,
+            candidates.ids,
+            num_nodes=step.width.nodes,
+            depth_bonus=self.depth_bonus,
+        )

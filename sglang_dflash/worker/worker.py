@@ -1,0 +1,166 @@
+"""The DFLASH worker that verifies draft trees; everything but the decode step is SGLang's."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from dflash_kernels import Accepted
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.runtime_context import get_spec
+from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
+
+from sglang_dflash.plugin.banner import announce_tree
+from sglang_dflash.plugin.drafter import block_size_of, read_config, resolve_folder
+from sglang_dflash.settings import get_settings
+from sglang_dflash.upstream.bridge import Bridge, refuse_unserved
+from sglang_dflash.upstream.contract import check_worker
+from sglang_dflash.worker.accept import AcceptStage
+from sglang_dflash.worker.commit import CommitStage
+from sglang_dflash.worker.draft import DraftStage
+from sglang_dflash.worker.step import Step, Width
+from sglang_dflash.worker.tree import TreeStage
+from sglang_dflash.worker.tree.stage import load_rewrite
+from sglang_dflash.worker.verify import VerifyStage
+
+logger = logging.getLogger("sglang_dflash")
+
+
+class TreeWorker(DFlashWorkerV2):
+    """SGLang's DFLASH worker with a decode step of our own.
+
+    Prefill, idle batches, memory pools, weight updates and scheduling stay upstream's. The drafter
+    is built B rows wide, the target N: upstream knows one width, so the drafter's set-up runs with
+    the published width overridden to B.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_worker()
+        spec = get_spec()
+        self.max_width = Width(nodes=int(spec.speculative_num_draft_tokens), block=block_size_of(spec))
+        refuse_unserved(kwargs.get("target_worker", args[-1] if args else None))
+        with self._drafter_width():
+            super().__init__(*args, **kwargs)
+        self.speculative_num_draft_tokens = self.max_width.nodes
+
+        settings = get_settings()
+        self.bridge = Bridge(self)
+        config = read_config(
+            resolve_folder(spec.speculative_draft_model_path, spec.speculative_draft_model_revision)
+        )
+        self.draft = DraftStage(self.bridge, mask_token_id=int(self._mask_token_id), top_k=settings.top_k)
+        self.tree = TreeStage(
+            depth_bonus=config.dflash_config.tree_depth_bonus if settings.calibrate else None,
+            rewrite=load_rewrite(settings.candidates),
+            device=self.device,
+        )
+        self.verify = VerifyStage(self.bridge)
+        self.accept = AcceptStage(self.bridge)
+        self.commit = CommitStage(self.bridge)
+        announce_tree(
+            num_nodes=self.max_width.nodes,
+            block=self.max_width.block,
+            dtype=self.model_runner.dtype,
+            backend=self.bridge.backend_name(),
+        )
+
+    # -- set-up, B wide ---------------------------------------------------------
+
+    def _drafter_width(self) -> Any:
+        return get_spec().override(
+            speculative_num_draft_tokens=self.max_width.block, speculative_eagle_topk=1
+        )
+
+    def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> Any:
+        with self._drafter_width():
+            return super().alloc_memory_pool(*args, **kwargs)
+
+    def init_attention_backends(self) -> Any:
+        with self._drafter_width():
+            result = super().init_attention_backends()
+        self.bridge.install_tree_attention(self.max_width)
+        return result
+
+    def init_cuda_graphs(self) -> Any:
+        with self._drafter_width():
+            return super().init_cuda_graphs()
+
+    def _maybe_build_draft_sampler(self) -> None:
+        """Upstream folds an argmax into the drafter's graph; a tree needs the top K instead."""
+        return None
+
+    def _validate_phase1_sampling_support(self, batch: Any) -> None:
+        """Sampling on trees needs no kernel upstream would have to provide."""
+
+    def prewarm_sampling(self) -> Any:
+        return self.model_runner.prewarm_sampling()
+
+    def describe(self) -> dict[str, Any]:
+        """The facts ``/server_info`` shows."""
+        return {
+            "num_nodes": self.max_width.nodes,
+            "block_size": self.max_width.block,
+            "attention": self.bridge.backend_name(),
+            "settings": get_settings().model_dump(),
+        }
+
+    # -- the step ---------------------------------------------------------------
+
+    def step_width(self, batch: Any) -> Width:
+        """The width of this step; a later policy may choose below the maximum."""
+        return self.max_width
+
+    def forward_batch_generation(
+        self,
+        batch: Any,
+        on_publish: Any = None,
+        grammar_barrier: Any = None,
+        pp_proxy_tensors: Any = None,
+    ) -> GenerationBatchResult:
+        if (
+            batch.forward_mode.is_extend()
+            or batch.is_extend_in_batch
+            or batch.forward_mode.is_idle()
+            or batch.spec_info is None
+        ):
+            return super().forward_batch_generation(
+                batch,
+                on_publish=on_publish,
+                grammar_barrier=grammar_barrier,
+                pp_proxy_tensors=pp_proxy_tensors,
+            )
+        return self._decode(batch, on_publish, grammar_barrier)
+
+    def _decode(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> GenerationBatchResult:
+        step = self.bridge.open_step(batch, self.step_width(batch))
+
+        candidates = self.draft(step, batch)
+        tree = self.tree(candidates, step, batch)
+        grammar = self.bridge.start_grammar(batch, tree)
+        verified = self.verify(tree, step, batch)
+        self.bridge.adjust_logits(batch, verified.logits, step, grammar, grammar_barrier)
+        accepted, chosen = self.accept(verified, tree, step, batch)
+        self.bridge.logprobs(batch, verified.raw.logits_output, accepted, chosen)
+        if on_publish is not None:
+            on_publish(accepted.new_lens)
+        self.commit(accepted, verified, step)
+
+        return self._result(verified.raw, accepted, step)
+
+    def _result(self, raw: Any, accepted: Accepted, step: Step) -> GenerationBatchResult:
+        # The scheduler copies the output to the host; the features are large and already used.
+        raw.logits_output.hidden_states = None
+        return GenerationBatchResult(
+            logits_output=raw.logits_output,
+            next_token_ids=accepted.out_tokens.reshape(-1),
+            accept_lens=accepted.accept_lens,
+            new_seq_lens=accepted.new_lens,
+            can_run_cuda_graph=raw.can_run_cuda_graph,
+            next_draft_input=self._make_next_draft_input_decode(
+                bonus_tokens=accepted.bonus, new_seq_lens=accepted.new_lens
+            ),
+            speculative_num_draft_tokens=step.width.nodes,
+            speculative_output_stride=step.width.block,
+            routed_experts_output=raw.routed_experts_output,
+            indexer_topk_output=raw.indexer_topk_output,
+        )
