@@ -1,0 +1,116 @@
+"""Stored tile configurations and launch planning; nothing is tuned at serving time.
+
+Every entry passed ahead-of-time compilation for its architecture without spills (tests/kernels/test_aot.py).
+The reasons for the shapes, and the command that re-measures them, are in docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One stage-1 specialisation.
+
+    Attributes:
+        block_m: query rows (nodes x GQA group) per program.
+        block_n: KV tokens per iteration.
+        warps, stages: Triton's num_warps and num_stages.
+        per_sm: programs that fit one SM, by shared memory and registers; sizes the grid.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    per_sm: int
+
+
+# (architecture, head dim bucket, row bucket) for 16-bit caches. Dim 256 tiles stop at 64 rows: 128 rows of
+# float32 accumulator would take every register of eight warps.
+_TABLE: dict[tuple[int, int, int], TileConfig] = {
+    (80, 64, 16): TileConfig(16, 64, 4, 3, 3),
+    (80, 64, 32): TileConfig(32, 64, 4, 3, 3),
+    (80, 64, 64): TileConfig(64, 64, 4, 3, 3),
+    (80, 64, 128): TileConfig(128, 64, 8, 3, 2),
+    (80, 128, 16): TileConfig(16, 64, 4, 2, 2),
+    (80, 128, 32): TileConfig(32, 64, 4, 2, 2),
+    (80, 128, 64): TileConfig(64, 64, 4, 2, 2),
+    (80, 128, 128): TileConfig(128, 32, 8, 3, 1),
+    (80, 256, 16): TileConfig(16, 32, 4, 2, 2),
+    (80, 256, 32): TileConfig(32, 32, 4, 2, 2),
+    (80, 256, 64): TileConfig(64, 32, 8, 2, 1),
+    (90, 64, 16): TileConfig(16, 128, 4, 3, 2),
+    (90, 64, 32): TileConfig(32, 128, 4, 3, 2),
+    (90, 64, 64): TileConfig(64, 128, 4, 3, 2),
+    (90, 64, 128): TileConfig(128, 128, 8, 3, 2),
+    (90, 128, 16): TileConfig(16, 64, 4, 3, 2),
+    (90, 128, 32): TileConfig(32, 64, 4, 3, 2),
+    (90, 128, 64): TileConfig(64, 64, 4, 3, 2),
+    (90, 128, 128): TileConfig(128, 64, 8, 3, 1),
+    (90, 256, 16): TileConfig(16, 32, 4, 3, 2),
+    (90, 256, 32): TileConfig(32, 32, 4, 3, 2),
+    (90, 256, 64): TileConfig(64, 32, 8, 3, 1),
+}
+_SMS = {80: 108, 90: 132, 100: 148}
+MAX_SPLITS = 64
+MIN_CHUNK = 128  # tokens; below this a split costs more in its merge than it saves
+
+
+def architecture(device: torch.device) -> int:
+    """The table's architecture for a device: 80, 90 or 100 (the interpreter takes 90)."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 10:
+        return 100
+    return 90 if (major, minor) >= (9, 0) else 80
+
+
+@lru_cache(maxsize=8)
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a device."""
+    if device.type != "cuda":
+        return _SMS[90]
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def bucket(value: int, sizes: tuple[int, ...]) -> int:
+    """The smallest size that holds `value`, or the largest."""
+    return next((s for s in sizes if value <= s), sizes[-1])
+
+
+def tile_config(arch: int, head_dim: int, rows: int) -> TileConfig:
+    """Stage-1 tiles for `rows` = nodes x GQA group query rows per KV head.
+
+    Raises:
+        ValueError: head_dim is above 256.
+    """
+    if head_dim > 256:
+        raise ValueError(f"head dim {head_dim} is above the kernel's 256")
+    dim = bucket(head_dim, (64, 128, 256))
+    sizes = (16, 32, 64) if dim == 256 else (16, 32, 64, 128)
+    return _TABLE[min(arch, 90), dim, bucket(rows, sizes)]
+
+
+def choose_splits(programs: int, sms: int, per_sm: int) -> int:
+    """KV splits per request, from static shapes alone.
+
+    Args:
+        programs: stage-1 programs of one split (requests x KV heads x row blocks).
+
+    The time of a memory-bound grid is its waves over its splits; every split adds its share of partial
+    results to write and merge (about 1 % of a long prefix each).
+    """
+    slots = sms * per_sm
+    best, best_cost = 1, float("inf")
+    for splits in range(1, MAX_SPLITS + 1):
+        waves = -(-programs * splits // slots)
+        cost = waves / splits * (1.0 + 0.01 * (splits - 1))
+        if cost < best_cost - 1e-9:
+            best, best_cost = splits, cost
+    return best
