@@ -1,0 +1,296 @@
+"""``sglang-dflash demo``: the same prompts to plain decoding and to draft trees, and one table.
+
+Starts the plain server, then the DFLASH server, on loopback; sends chat and code prompts greedily
+through the ``openai`` client, streamed. Outputs must be the same: where two differ, plain decoding's
+own logit gap at the first different token must be within the dtype's rounding (a near-tie). Exit code
+1 when one is not.
+
+Writes out/demo.png (accept length by prompt kind) and out/demo.json (everything measured).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from sglang_dflash.cli.fetch import fetch_with_progress
+from sglang_dflash.cli.plots import accept_length_by_kind
+from sglang_dflash.client.chat import Prompt, Reply, connect, mean_accept_length, read_prompts, stream_reply
+from sglang_dflash.client.exact import ServerOracle, Verdict, judge, tally
+from sglang_dflash.client.info import ServerInfo, read_server_info
+from sglang_dflash.client.ports import free_port, require_free_port
+from sglang_dflash.client.server import Server
+from sglang_dflash.errors import UserError
+from sglang_dflash.models.pair import (
+    MODES,
+    Mode,
+    drafter_flags,
+    mode_environment,
+    pair_flags,
+    require_drafter,
+)
+from sglang_dflash.models.prompts import pick, prompts_file
+from sglang_dflash.models.registry import SMOLLM2
+
+_WARM_UP = Prompt(id="warm-up", kind="chat", prompt="Say hello.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: SGLang's flags per mode, environment, prompts."""
+
+    flags: dict[str, list[str]]
+    mode: Mode
+    prompts: list[Prompt]
+    max_tokens: int
+    port: int
+    out: Path
+    env: dict[str, str | None]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One server's replies, in the order of the prompts."""
+
+    info: ServerInfo
+    replies: list[Reply]
+    start_seconds: float
+
+    def of_kind(self, kind: str | None) -> list[Reply]:
+        return [reply for reply in self.replies if kind in (None, reply.kind)]
+
+
+def tokens_per_second(replies: Sequence[Reply]) -> float:
+    """Output tokens over the time from sending a request to its last token, one request at a time."""
+    return sum(reply.tokens for reply in replies) / sum(reply.seconds for reply in replies)
+
+
+def threads() -> str:
+    """One thread count for both servers: chosen anew, the second would see the first one's load."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given:
+        return given
+    from sglang_dflash.platform.threads import free_threads, usable_cores
+
+    return str(free_threads(usable_cores(), os.getloadavg()[0]))
+
+
+def start(plan: Plan, mode: Mode, progress: Progress) -> Server:
+    task = progress.add_task(f"{mode}: starting the server", total=None)
+    server = Server(
+        [*plan.flags[mode]],
+        port=plan.port,
+        log=plan.out / f"demo-{mode}.log",
+        env={**plan.env, **mode_environment(mode)},
+        tick=lambda: progress.update(task),
+    )
+    try:
+        server.__enter__()
+    finally:
+        progress.remove_task(task)
+    return server
+
+
+def measure(plan: Plan, mode: Mode, progress: Progress) -> Run:
+    server = start(plan, mode, progress)
+    try:
+        info = read_server_info(server.url)
+        check_worker(info, mode)
+        client = connect(server.url)
+        stream_reply(client, _WARM_UP, max_tokens=16)
+        task = progress.add_task(f"{mode}: prompts", total=len(plan.prompts))
+        replies = []
+        for prompt in plan.prompts:
+            replies.append(stream_reply(client, prompt, max_tokens=plan.max_tokens))
+            speed = tokens_per_second(replies)
+            progress.update(task, advance=1, description=f"{mode}: {speed:5.1f} tokens/s")
+        return Run(read_server_info(server.url), replies, server.start_seconds)
+    finally:
+        server.stop()
+
+
+def check_worker(info: ServerInfo, mode: Mode) -> None:
+    """A demo that quietly measured SGLang's own chain would be a lie; the server says who works."""
+    if mode == "plain":
+        return
+    marker = info.marker
+    if marker is None or marker.mode != mode:
+        have = "no marker of this plugin" if marker is None else f"mode {marker.mode} ({marker.worker})"
+        raise UserError(f"the DFLASH server runs with {have}, not {mode}; run `sglang-dflash doctor`")
+
+
+def compare(plan: Plan, plain: Run, other: Run, progress: Progress) -> list[Verdict]:
+    """Judge every output; the plain server is started again only when some outputs differ."""
+    pairs = list(zip(plain.replies, other.replies, strict=True))
+    if all(left.output_ids == right.output_ids for left, right in pairs):
+        return [Verdict("identical") for _ in pairs]
+    server = start(plan, "plain", progress)
+    oracle = ServerOracle(server.url, plan.vocab_size)
+    try:
+        dtype = resolve_dtype(plain.info)
+        verdicts = []
+        for left, right in progress.track(pairs, description="plain: looking at the differences"):
+            verdicts.append(judge(oracle, left.prompt_ids, left.output_ids, right.output_ids, dtype))
+        return verdicts
+    finally:
+        oracle.close()
+        server.stop()
+
+
+def resolve_dtype(info: ServerInfo) -> str:
+    """The dtype a server computes in; "auto" is what the model's config says."""
+    if info.dtype not in ("auto", "half"):
+        return {"float": "float32"}.get(info.dtype, info.dtype)
+    if info.dtype == "half":
+        return "float16"
+    config = json.loads((Path(info.model_path) / "config.json").read_text())
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    # SGLang's rule for "auto": float32 checkpoints are served in float16.
+    return "float16" if dtype == "float32" else dtype
+
+
+def show(plan: Plan, plain: Run, other: Run, verdicts: Sequence[Verdict], console: Console) -> None:
+    table = Table(title=f"{Path(plain.info.model_path).name}, greedy, one request at a time")
+    table.add_column("prompts")
+    for column in ("plain tokens/s", f"{plan.mode} tokens/s", "ratio", "accept length", "identical outputs"):
+        table.add_column(column, justify="right")
+    kinds: list[str | None] = [*dict.fromkeys(prompt.kind for prompt in plan.prompts), None]
+    for kind in kinds:
+        before, after = tokens_per_second(plain.of_kind(kind)), tokens_per_second(other.of_kind(kind))
+        judged = [v for v, r in zip(verdicts, plain.replies, strict=True) if kind in (None, r.kind)]
+        same = tally(judged)
+        table.add_row(
+            f"{kind or 'all'} ({same.total})",
+            f"{before:.1f}",
+            f"{after:.1f}",
+            f"{after / before:.2f}x",
+            f"{mean_accept_length(other.of_kind(kind)) or 1:.2f}",
+            f"{same.identical} of {same.total} ({100 * same.identical / same.total:.0f} %)",
+            style="bold" if kind is None else "",
+            end_section=kind is None or kind == kinds[-2],
+        )
+    console.print(table)
+    for verdict, reply in zip(verdicts, plain.replies, strict=True):
+        if verdict.kind != "identical":
+            console.print(f"{reply.id}: {verdict}", highlight=False, markup=False)
+    counts = tally(verdicts)
+    console.print(
+        f"exact: {'yes' if counts.ok else 'NO'} ({counts}; a near-tie is a first difference where plain "
+        f"decoding's own logit gap is within {resolve_dtype(plain.info)} rounding)",
+        highlight=False,
+    )
+
+
+def write(plan: Plan, plain: Run, other: Run, verdicts: Sequence[Verdict]) -> list[Path]:
+    title = (
+        f"{Path(plain.info.model_path).name}: {plan.mode}, {other.info.speculative_num_draft_tokens} nodes"
+    )
+    picture, data = plan.out / "demo.png", plan.out / "demo.json"
+    accept_length_by_kind(other.replies, title, picture)
+    content = {
+        "model": plain.info.model_path,
+        "mode": plan.mode,
+        "threads": plan.env.get("OMP_NUM_THREADS"),
+        "start_seconds": {"plain": plain.start_seconds, plan.mode: other.start_seconds},
+        "plain": [asdict(reply) for reply in plain.replies],
+        plan.mode: [asdict(reply) for reply in other.replies],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+    }
+    data.write_text(json.dumps(content, indent=1) + "\n")
+    return [picture, data]
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    if args.prompts < 1 or args.max_tokens < 1:
+        raise UserError("--prompts and --max-tokens must be at least 1")
+    prompts = pick(read_prompts(args.prompt_file or prompts_file()), args.prompts)
+    port = args.port or free_port()
+    require_free_port("127.0.0.1", port)
+    modes: tuple[Mode, ...] = ("plain", args.mode)
+    if args.model_path is None:
+        drafter = require_drafter((args.drafter or SMOLLM2.drafter_dir).expanduser())
+        model = fetch_with_progress(SMOLLM2)
+        base = {mode: pair_flags(SMOLLM2, mode, drafter) for mode in modes}
+    else:
+        model = args.model_path.expanduser()
+        if not (model / "config.json").is_file():
+            raise UserError(f"no model at {model}: a folder with config.json expected")
+        if args.drafter is None:
+            raise UserError("--model-path needs --drafter: a DFlash drafter trained for that target")
+        drafter = require_drafter(args.drafter.expanduser())
+        base = {mode: ["--model-path", str(model), *drafter_flags(mode, drafter)] for mode in modes}
+    try:
+        config = json.loads((model / "config.json").read_text())
+        vocab_size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{model / 'config.json'} names no vocab_size; is this a text model?") from error
+    extra: list[str] = args.sglang
+    return Plan(
+        flags={mode: [*flags, *extra] for mode, flags in base.items()},
+        mode=args.mode,
+        prompts=prompts,
+        max_tokens=args.max_tokens,
+        port=port,
+        out=args.out,
+        env={"OMP_NUM_THREADS": threads(), "HF_HUB_OFFLINE": "1"},
+        vocab_size=vocab_size,
+    )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    ours, _, rest = (
+        (argv, "", []) if "--" not in argv else (argv[: argv.index("--")], "--", argv[argv.index("--") + 1 :])
+    )
+    parser = argparse.ArgumentParser(
+        prog="sglang-dflash demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="flags after `--` go to both servers, for example: -- --dtype float32",
+    )
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of each kind (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=96, help="tokens per reply (%(default)s)")
+    parser.add_argument("--mode", choices=[mode for mode in MODES if mode != "plain"], default="tree")
+    parser.add_argument("--model-path", type=Path, help="another target (default: the embedded one)")
+    parser.add_argument("--drafter", type=Path, help="another drafter (default: the one that ships)")
+    parser.add_argument("--prompt-file", type=Path, help="JSON lines with id, kind and prompt")
+    parser.add_argument("--port", type=int, help="(default: a free one)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for results (%(default)s)")
+    args = parser.parse_args(ours)
+    args.sglang = rest
+    return args
+
+
+def main(argv: list[str]) -> int:
+    plan = make_plan(parse(argv))
+    console = Console()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        plain = measure(plan, "plain", progress)
+        other = measure(plan, plan.mode, progress)
+        verdicts = compare(plan, plain, other, progress)
+    show(plan, plain, other, verdicts, console)
+    for path in write(plan, plain, other, verdicts):
+        console.print(f"wrote {path}", highlight=False)
+    return 0 if tally(verdicts).ok else 1
