@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dflash_kernels._dispatch import interpreting
 from dflash_kernels.tree_attn.configs import (
     MIN_CHUNK,
     TileConfig,
@@ -36,14 +37,14 @@ def _to_log2(qk, scale, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _online(s, v, m, l, acc, P_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def _online(s, v, m, l, acc, PRECISION: tl.constexpr):
     """One online-softmax step over scores s [BM, BN] (log2, -inf where masked) and values v [BN, BDV]."""
     m_new = tl.maximum(m, tl.max(s, axis=1))
     safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s - safe[:, None])
     alpha = tl.exp2(m - safe)
     l = l * alpha + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(P_DTYPE), v, acc * alpha[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return m_new, l, acc
 
 
@@ -111,7 +112,7 @@ def _draft_block(
             mask=inside[:, None] & (dv < DV)[None, :],
             other=0.0,
         )
-        s = _to_log2(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, HAS_CAP)
+        s = _to_log2(tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION), scale, cap, HAS_CAP)
         visible = inside[None, :]
         if MASK == 0:
             word = tl.load(anc + (b * N + row_node) * WORDS + j // 32)
@@ -125,12 +126,25 @@ def _draft_block(
                 gap = tl.abs(gap)
             visible = visible & (gap <= WINDOW)
         s = tl.where(visible, s, float("-inf"))
-        m, l, acc = _online(s, v, m, l, acc, v.dtype, PRECISION)
+        m, l, acc = _online(s, v.to(q.dtype), m, l, acc, PRECISION)
     return m, l, acc
 
 
 @triton.jit
-def _finish(m, l, acc, head, row_group, row_mask, sinks, out_ptrs, dv, DV: tl.constexpr, G: tl.constexpr, HAS_SINK: tl.constexpr):
+def _finish(
+    m,
+    l,
+    acc,
+    head,
+    row_group,
+    row_mask,
+    sinks,
+    out_ptrs,
+    dv,
+    DV: tl.constexpr,
+    G: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+):
     """Adds the sinks to the denominator and writes the rows."""
     if HAS_SINK:
         sink = tl.load(sinks + head * G + row_group).to(tl.float32) * 1.4426950408889634
@@ -193,6 +207,7 @@ def prefix_kernel(
     HAS_SINK: tl.constexpr,
     FUSED: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     # Row blocks of one (head, split) are neighbours in launch order: they share its KV through L2.
     row_block = tl.program_id(0)
@@ -200,7 +215,7 @@ def prefix_kernel(
     split = tl.program_id(1) % SPLITS
     b = tl.program_id(2)
     start, length, begin, end = _chunk_bounds(kv_indptr, b, split, SPLITS, WINDOW, MIN_CHUNK)
-    if not FUSED:
+    if not FUSED:  # noqa: SIM102 - a compile-time branch around a run-time one
         if begin >= end:
             return
 
@@ -212,10 +227,15 @@ def prefix_kernel(
     dk = tl.arange(0, BDK)
     dv = tl.arange(0, BDV)
     q = tl.load(
-        q_ptr + (b * N + row_node)[:, None] * stride_qt + (head * G + row_group)[:, None] * stride_qh + dk[None, :],
+        q_ptr
+        + (b * N + row_node)[:, None] * stride_qt
+        + (head * G + row_group)[:, None] * stride_qh
+        + dk[None, :],
         mask=row_mask[:, None] & (dk < DK)[None, :],
         other=0.0,
     )
+    if UPCAST:
+        q = q.to(tl.float32)
     row_depth = row_node
     if HAS_DEPTH:
         row_depth = tl.load(depth_ptr + b * N + row_node)
@@ -238,7 +258,7 @@ def prefix_kernel(
             visible = visible & (length + row_depth[:, None] - at[None, :] <= WINDOW)
         s = tl.where(visible, s, float("-inf"))
         v = tl.load(v_base + slot[:, None] * stride_vs, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
-        m, l, acc = _online(s, v.to(q.dtype), m, l, acc, q.dtype, PRECISION)
+        m, l, acc = _online(s, v.to(q.dtype), m, l, acc, PRECISION)
 
     acc = acc * v_scale
     if FUSED:
@@ -305,6 +325,7 @@ def merge_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     row_block = tl.program_id(0)
     head = tl.program_id(1)
@@ -317,10 +338,15 @@ def merge_kernel(
     dk = tl.arange(0, BDK)
     dv = tl.arange(0, BDV)
     q = tl.load(
-        q_ptr + (b * N + row_node)[:, None] * stride_qt + (head * G + row_group)[:, None] * stride_qh + dk[None, :],
+        q_ptr
+        + (b * N + row_node)[:, None] * stride_qt
+        + (head * G + row_group)[:, None] * stride_qh
+        + dk[None, :],
         mask=row_mask[:, None] & (dk < DK)[None, :],
         other=0.0,
     )
+    if UPCAST:
+        q = q.to(tl.float32)
     row_depth = row_node
     if HAS_DEPTH:
         row_depth = tl.load(depth_ptr + b * N + row_node)
@@ -472,6 +498,7 @@ def tree_attention_triton(
         "HAS_CAP": logit_cap > 0,
         "HAS_SINK": sinks is not None,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "UPCAST": interpreting(),  # the interpreter multiplies bf16 as if it were integers
     }
     anc = ancestors if ancestors is not None else kv_indptr
     dep = depth if depth is not None else kv_indptr

@@ -1,0 +1,173 @@
+"""Draft top-K without the logits: a matmul whose epilogue keeps K candidates and a log-sum-exp per row.
+
+A program multiplies a block of rows with its span of the vocabulary, tile by tile, and carries per row the
+K best so far and the running (maximum, sum). Only K candidates per row and span reach memory; a second
+kernel merges the spans. Candidates are 64-bit keys (ordered logit bits, then the lower id), so the order is
+total and the result does not depend on the tiling.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dflash_kernels._dispatch import interpreting
+from dflash_kernels.tree_attn.configs import sm_count
+
+BLOCK_V = 128
+_MERGE_CHUNK = 1024
+
+
+@triton.jit
+def _pack(logits, col):
+    """Keys whose integer order is (logit descending, column ascending) from the top."""
+    bits = (logits + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - col.to(tl.int64))
+
+
+@triton.jit
+def _unpack(key):
+    """(logit, column) of a key."""
+    ordered = (key >> 32).to(tl.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True), 0xFFFFFFFF - (key & 0xFFFFFFFF)
+
+
+@triton.jit
+def head_topk_kernel(
+    hidden_ptr,
+    weight_ptr,
+    keys_ptr,
+    max_ptr,
+    sum_ptr,
+    T,
+    V,
+    H,
+    tiles_per_span,
+    cap,
+    stride_h,
+    stride_w,
+    SPANS: tl.constexpr,
+    KP: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    BH: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # Row blocks of one span are neighbours in launch order: they share the span's weights through L2.
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    span = tl.program_id(1)
+    row_mask = row < T
+    cols = tl.arange(0, BV)
+    hs = tl.arange(0, BH)
+    best = tl.full([BT, KP], -0x8000000000000000, tl.int64)
+    m = tl.full([BT], float("-inf"), tl.float32)
+    total = tl.zeros([BT], tl.float32)
+    first = span * tiles_per_span
+    for tile in range(first, tl.minimum(first + tiles_per_span, tl.cdiv(V, BV))):
+        col = tile * BV + cols
+        col_mask = col < V
+        acc = tl.zeros([BT, BV], tl.float32)
+        for h0 in range(0, H, BH):
+            h = h0 + hs
+            x = tl.load(
+                hidden_ptr + row[:, None].to(tl.int64) * stride_h + h[None, :],
+                mask=row_mask[:, None] & (h < H)[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                weight_ptr + col[:, None].to(tl.int64) * stride_w + h[None, :],
+                mask=col_mask[:, None] & (h < H)[None, :],
+                other=0.0,
+            )
+            if UPCAST:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+        if HAS_CAP:
+            acc = cap * (2.0 / (1.0 + tl.exp(-2.0 * acc / cap)) - 1.0)
+        acc = tl.where(col_mask[None, :], acc, float("-inf"))
+        m_new = tl.maximum(m, tl.max(acc, axis=1))
+        total = total * tl.exp(m - m_new) + tl.sum(tl.exp(acc - m_new[:, None]), axis=1)
+        m = m_new
+        fresh = tl.topk(_pack(acc, col[None, :]), KP)
+        best = tl.topk(tl.reshape(tl.join(best, fresh), [BT, 2 * KP]), KP)
+
+    cell = row * SPANS + span
+    tl.store(max_ptr + cell, m, mask=row_mask)
+    tl.store(sum_ptr + cell, total, mask=row_mask)
+    tl.store(keys_ptr + cell[:, None] * KP + tl.arange(0, KP)[None, :], best, mask=row_mask[:, None])
+
+
+@triton.jit
+def merge_topk_kernel(
+    keys_ptr,
+    max_ptr,
+    sum_ptr,
+    values_ptr,
+    ids_ptr,
+    log_z_ptr,
+    SPANS: tl.constexpr,
+    SPANS_P: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    span = tl.arange(0, SPANS_P)
+    inside = span < SPANS
+    m = tl.load(max_ptr + row * SPANS + span, mask=inside, other=float("-inf"))
+    s = tl.load(sum_ptr + row * SPANS + span, mask=inside, other=0.0)
+    top = tl.max(m, axis=0)
+    tl.store(log_z_ptr + row, top + tl.log(tl.sum(s * tl.exp(m - top), axis=0)))
+
+    at = tl.arange(0, CHUNK)
+    best = tl.full([KP], -0x8000000000000000, tl.int64)
+    for start in range(0, SPANS * KP, CHUNK):
+        keys = tl.load(
+            keys_ptr + row * SPANS * KP + start + at,
+            mask=start + at < SPANS * KP,
+            other=-0x8000000000000000,
+        )
+        best = tl.topk(tl.reshape(tl.join(best, tl.topk(keys, KP)), [2 * KP]), KP)
+    value, col = _unpack(best)
+    k = tl.arange(0, KP)
+    tl.store(values_ptr + row * K + k, value, mask=k < K)
+    tl.store(ids_ptr + row * K + k, col, mask=k < K)
+
+
+def draft_topk_triton(
+    hidden: torch.Tensor, head_weight: torch.Tensor, k: int, *, logit_cap: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Raw top-K logits float32 [T, K], row ids int64 [T, K], log-sum-exp float32 [T]."""
+    T, H = hidden.shape
+    V = head_weight.shape[0]
+    device = hidden.device
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    KP = max(triton.next_power_of_2(k), 2)
+    BT = min(max(triton.next_power_of_2(T), 16), 64)
+    row_blocks, tiles = triton.cdiv(T, BT), triton.cdiv(V, BLOCK_V)
+    tiles_per_span = triton.cdiv(tiles, max(min(tiles, 2 * sm_count(device) // row_blocks), 1))
+    spans = triton.cdiv(tiles, tiles_per_span)
+    keys = torch.empty(T, spans, KP, dtype=torch.int64, device=device)
+    partial = torch.empty(2, T, spans, dtype=torch.float32, device=device)
+    head_topk_kernel[(row_blocks, spans)](
+        hidden, head_weight, keys, partial[0], partial[1], T, V, H, tiles_per_span, float(logit_cap),
+        hidden.stride(0), head_weight.stride(0),
+        SPANS=spans, KP=KP, BT=BT, BV=BLOCK_V, BH=64, HAS_CAP=logit_cap > 0,
+        PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32", UPCAST=interpreting(),
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
+    values = torch.empty(T, k, dtype=torch.float32, device=device)
+    ids = torch.empty(T, k, dtype=torch.int64, device=device)
+    log_z = torch.empty(T, dtype=torch.float32, device=device)
+    merge_topk_kernel[(T,)](
+        keys, partial[0], partial[1], values, ids, log_z,
+        SPANS=spans, SPANS_P=triton.next_power_of_2(spans), K=k, KP=KP,
+        CHUNK=max(min(triton.next_power_of_2(spans * KP), _MERGE_CHUNK), KP), num_warps=4,
+    )  # fmt: skip
+    return values, ids, log_z

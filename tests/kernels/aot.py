@@ -1,0 +1,74 @@
+"""Ahead-of-time compilation without a GPU, and what the machine code says about itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Shared memory a block may opt in to.
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """registers per thread, spilled bytes (stack + local), shared bytes, and the opcodes present."""
+
+    registers: int
+    spill_bytes: int
+    shared: int
+    opcodes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One specialisation: the kernel, its pointer and scalar types, its compile-time arguments."""
+
+    name: str
+    kernel: object
+    arch: int
+    types: dict[str, str]
+    constants: dict[str, object]
+    options: dict[str, int]
+    tensor_core: bool = False
+    unaligned: frozenset[str] = field(default_factory=frozenset)
+
+
+def compile_spec(spec: Spec) -> Resources:
+    """Compiles for `spec.arch` as the launcher would: pointers and strides are multiples of 16."""
+    names = [p.name for p in spec.kernel.params]
+    signature, attrs = {}, {}
+    for i, name in enumerate(names):
+        if name in spec.constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = spec.types[name]
+        if (spec.types[name].startswith("*") or name.startswith("stride")) and name not in spec.unaligned:
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    constants = {(names.index(n),): v for n, v in spec.constants.items()}
+    compiled = triton.compile(
+        ASTSource(fn=spec.kernel, signature=signature, constexprs=constants, attrs=attrs),
+        target=GPUTarget("cuda", spec.arch, 32),
+        options=spec.options,
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", f.name)
+        sass = _run("cuobjdump", "--dump-sass", f.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found, f"no resource usage in: {usage}"
+    registers, stack, _, local = map(int, found.groups())
+    opcodes = frozenset(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", sass))
+    return Resources(registers, stack + local, compiled.metadata.shared, opcodes)
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run([str(_BIN / tool), *args], check=True, capture_output=True, text=True).stdout
