@@ -42,6 +42,7 @@ from sglang_dflash.models.pair import (
     drafter_flags,
     mode_environment,
     pair_flags,
+    quick_start,
     require_drafter,
 )
 from sglang_dflash.models.prompts import pick, prompts_file
@@ -223,7 +224,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     port = args.port or free_port()
     require_free_port("127.0.0.1", port)
     modes: tuple[Mode, ...] = ("plain", args.mode)
-    if args.model_path is None:
+    embedded = args.model_path is None
+    if embedded:
         drafter = require_drafter((args.drafter or SMOLLM2.drafter_dir).expanduser())
         model = fetch_with_progress(SMOLLM2)
         base = {mode: pair_flags(SMOLLM2, mode, drafter) for mode in modes}
@@ -248,7 +250,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         max_tokens=args.max_tokens,
         port=port,
         out=args.out,
-        env={"OMP_NUM_THREADS": threads(), "HF_HUB_OFFLINE": "1"},
+        env={"OMP_NUM_THREADS": threads(), "HF_HUB_OFFLINE": "1", **(quick_start() if embedded else {})},
         vocab_size=vocab_size,
     )
 

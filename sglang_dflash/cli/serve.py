@@ -32,6 +32,7 @@ from sglang_dflash.models.pair import (
     mode_environment,
     mode_of,
     pair_flags,
+    quick_start,
     require_drafter,
 )
 from sglang_dflash.models.registry import SMOLLM2
@@ -149,7 +150,8 @@ def main(argv: list[str]) -> int:
     require_free_port(host, port)
     if embedded:
         fetch_with_progress(SMOLLM2)
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        for name, value in {"HF_HUB_OFFLINE": "1", **quick_start()}.items():
+            os.environ.setdefault(name, value or "")
     for name, value in env.items():
         if value is None:
             os.environ.pop(name, None)
