@@ -9,6 +9,7 @@ from dflash_kernels.kv_compact import KVCompactor, compact_kv
 from dflash_kernels.tree import DraftTree, ancestor_mask, num_words
 from dflash_kernels.tree_accept import Accepted, accept_tree
 from dflash_kernels.tree_attn import TorchPlan, torch_plan, tree_attention
+from dflash_kernels.tree_attn.workspace import TreeAttentionWorkspace
 from dflash_kernels.tree_build import build_tree
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "DraftTree",
     "KVCompactor",
     "TorchPlan",
+    "TreeAttentionWorkspace",
     "accept_tree",
     "ancestor_mask",
     "build_tree",

@@ -6,7 +6,7 @@ The reasons for the shapes, and the command that re-measures them, are in docs/k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -29,33 +29,40 @@ class TileConfig:
     stages: int
     per_sm: int
 
+    @property
+    def fused_warps(self) -> int:
+        """Warps of the one-split launch, which also holds the draft block's rows in registers."""
+        return 8
 
-# (architecture, head dim bucket, row bucket) for 16-bit caches. Dim 256 tiles stop at 64 rows: 128 rows of
-# float32 accumulator would take every register of eight warps.
+
+# (architecture, head dim bucket, row bucket) for 16-bit caches; sm_100 takes sm_90's entries. Dim 256 stops
+# at 64 rows: 128 rows of float32 accumulator would take every register of eight warps.
 _TABLE: dict[tuple[int, int, int], TileConfig] = {
-    (80, 64, 16): TileConfig(16, 64, 4, 3, 3),
-    (80, 64, 32): TileConfig(32, 64, 4, 3, 3),
-    (80, 64, 64): TileConfig(64, 64, 4, 3, 3),
-    (80, 64, 128): TileConfig(128, 64, 8, 3, 2),
-    (80, 128, 16): TileConfig(16, 64, 4, 2, 2),
+    (80, 64, 16): TileConfig(16, 64, 4, 4, 3),
+    (80, 64, 32): TileConfig(32, 64, 4, 4, 3),
+    (80, 64, 64): TileConfig(64, 64, 4, 3, 2),
+    (80, 64, 128): TileConfig(128, 64, 8, 3, 1),
+    (80, 128, 16): TileConfig(16, 64, 4, 2, 3),
     (80, 128, 32): TileConfig(32, 64, 4, 2, 2),
     (80, 128, 64): TileConfig(64, 64, 4, 2, 2),
     (80, 128, 128): TileConfig(128, 32, 8, 3, 1),
     (80, 256, 16): TileConfig(16, 32, 4, 2, 2),
     (80, 256, 32): TileConfig(32, 32, 4, 2, 2),
     (80, 256, 64): TileConfig(64, 32, 8, 2, 1),
-    (90, 64, 16): TileConfig(16, 128, 4, 3, 2),
-    (90, 64, 32): TileConfig(32, 128, 4, 3, 2),
+    (90, 64, 16): TileConfig(16, 128, 4, 3, 3),
+    (90, 64, 32): TileConfig(32, 128, 4, 3, 3),
     (90, 64, 64): TileConfig(64, 128, 4, 3, 2),
-    (90, 64, 128): TileConfig(128, 128, 8, 3, 2),
-    (90, 128, 16): TileConfig(16, 64, 4, 3, 2),
-    (90, 128, 32): TileConfig(32, 64, 4, 3, 2),
+    (90, 64, 128): TileConfig(128, 64, 8, 4, 1),
+    (90, 128, 16): TileConfig(16, 64, 4, 4, 3),
+    (90, 128, 32): TileConfig(32, 64, 4, 4, 2),
     (90, 128, 64): TileConfig(64, 64, 4, 3, 2),
-    (90, 128, 128): TileConfig(128, 64, 8, 3, 1),
-    (90, 256, 16): TileConfig(16, 32, 4, 3, 2),
+    (90, 128, 128): TileConfig(128, 64, 8, 4, 1),
+    (90, 256, 16): TileConfig(16, 32, 4, 3, 3),
     (90, 256, 32): TileConfig(32, 32, 4, 3, 2),
     (90, 256, 64): TileConfig(64, 32, 8, 3, 1),
 }
+# float32 dots run on the plain cores; small tiles keep their operands in registers.
+_FLOAT32 = TileConfig(16, 32, 4, 2, 2)
 _SMS = {80: 108, 90: 132, 100: 148}
 MAX_SPLITS = 64
 MIN_CHUNK = 128  # tokens; below this a split costs more in its merge than it saves
@@ -84,17 +91,21 @@ def bucket(value: int, sizes: tuple[int, ...]) -> int:
     return next((s for s in sizes if value <= s), sizes[-1])
 
 
-def tile_config(arch: int, head_dim: int, rows: int) -> TileConfig:
-    """Stage-1 tiles for `rows` = nodes x GQA group query rows per KV head.
+def tile_config(arch: int, head_dim: int, rows: int, kv_bytes: int = 2) -> TileConfig:
+    """Stage-1 tiles for `rows` = nodes x GQA group query rows per KV head, and a cache's element size.
 
     Raises:
         ValueError: head_dim is above 256.
     """
     if head_dim > 256:
         raise ValueError(f"head dim {head_dim} is above the kernel's 256")
+    if kv_bytes == 4:
+        return _FLOAT32
     dim = bucket(head_dim, (64, 128, 256))
     sizes = (16, 32, 64) if dim == 256 else (16, 32, 64, 128)
-    return _TABLE[min(arch, 90), dim, bucket(rows, sizes)]
+    config = _TABLE[min(arch, 90), dim, bucket(rows, sizes)]
+    # One-byte rows leave half the bytes in flight at the same depth: two more stages make up for it.
+    return replace(config, stages=config.stages + 2) if kv_bytes == 1 else config
 
 
 def choose_splits(programs: int, sms: int, per_sm: int) -> int:
@@ -114,3 +125,9 @@ def choose_splits(programs: int, sms: int, per_sm: int) -> int:
         if cost < best_cost - 1e-9:
             best, best_cost = splits, cost
     return best
+
+
+def plan_splits(bs: int, num_kv_heads: int, rows: int, config: TileConfig, device: torch.device) -> int:
+    """KV splits for a batch size; a function of static shapes and the device only."""
+    programs = bs * num_kv_heads * -(-rows // config.block_m)
+    return choose_splits(programs, sm_count(device), config.per_sm)

@@ -17,10 +17,10 @@ from dflash_kernels.tree_attn.configs import (
     MIN_CHUNK,
     TileConfig,
     architecture,
-    choose_splits,
-    sm_count,
+    plan_splits,
     tile_config,
 )
+from dflash_kernels.tree_attn.workspace import TreeAttentionWorkspace
 
 LOG2E = 1.4426950408889634
 TREE, CAUSAL, FULL = 0, 1, 2
@@ -386,56 +386,6 @@ def merge_kernel(
 MERGE_BLOCK_M = 16
 
 
-class TreeAttentionWorkspace:
-    """Partial results of the splits; one instance serves every layer of a step in turn.
-
-    Args:
-        max_bs: largest batch.
-        num_nodes, num_q_heads, num_kv_heads, head_dim: N, Hq, Hkv and max(Dk, Dv) of this rank.
-
-    The buffers are sized for the worst batch size up to `max_bs`, since smaller batches take more splits.
-    """
-
-    def __init__(
-        self,
-        max_bs: int,
-        num_nodes: int,
-        num_q_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        device: torch.device | str,
-    ) -> None:
-        device = torch.device(device)
-        rows = num_nodes * (num_q_heads // num_kv_heads)
-        config = tile_config(architecture(device), head_dim, rows)
-        cells = 0
-        for bs in range(1, max_bs + 1):
-            splits = plan_splits(bs, num_kv_heads, rows, config, device)
-            if splits > 1:
-                cells = max(cells, bs * num_kv_heads * splits * rows)
-        self.lse = torch.empty(cells, dtype=torch.float32, device=device)
-        self.out = torch.empty(cells * head_dim, dtype=torch.float32, device=device)
-
-    def buffers(self, cells: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse) for `cells` rows.
-
-        Raises:
-            ValueError: the workspace was built for smaller shapes.
-        """
-        if cells > self.lse.numel() or cells * head_dim > self.out.numel():
-            raise ValueError(
-                f"tree attention needs {cells} partial rows of {head_dim}; the workspace holds "
-                f"{self.lse.numel()}: build it with the largest batch, node budget and head count"
-            )
-        return self.out, self.lse
-
-
-def plan_splits(bs: int, num_kv_heads: int, rows: int, config: TileConfig, device: torch.device) -> int:
-    """KV splits for a batch size; a function of static shapes and the device only."""
-    programs = bs * num_kv_heads * triton.cdiv(rows, config.block_m)
-    return choose_splits(programs, sm_count(device), config.per_sm)
-
-
 def tree_attention_triton(
     q: torch.Tensor,
     k_new: torch.Tensor,
@@ -468,7 +418,7 @@ def tree_attention_triton(
     N, Hkv, DV = tokens // bs, k_new.shape[1], v_new.shape[2]
     G = Hq // Hkv
     rows = N * G
-    config = config or tile_config(architecture(q.device), max(DK, DV), rows)
+    config = config or tile_config(architecture(q.device), max(DK, DV), rows, k_cache.element_size())
     splits = num_splits or plan_splits(bs, Hkv, rows, config, q.device)
     out = q.new_empty(tokens, Hq, DV) if out is None else out
     fused = splits == 1
@@ -510,7 +460,7 @@ def tree_attention_triton(
         k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
         out.stride(0), out.stride(1),
         BM=config.block_m, BN=config.block_n, FUSED=fused, **shared,
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.fused_warps if fused else config.warps, num_stages=config.stages,
     )  # fmt: skip
     if not fused:
         merge_kernel[(triton.cdiv(rows, MERGE_BLOCK_M), Hkv, bs)](
