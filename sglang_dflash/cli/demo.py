@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from sglang_dflash.cli.fetch import fetch_with_progress
+from sglang_dflash.cli import target
 from sglang_dflash.cli.plots import accept_length_by_kind
 from sglang_dflash.client.chat import Prompt, Reply, connect, mean_accept_length, read_prompts, stream_reply
 from sglang_dflash.client.exact import ServerOracle, Verdict, judge, tally
@@ -36,33 +35,22 @@ from sglang_dflash.client.info import ServerInfo, read_server_info
 from sglang_dflash.client.ports import free_port, require_free_port
 from sglang_dflash.client.server import Server
 from sglang_dflash.errors import UserError
-from sglang_dflash.models.pair import (
-    MODES,
-    Mode,
-    drafter_flags,
-    mode_environment,
-    pair_flags,
-    quick_start,
-    require_drafter,
-)
+from sglang_dflash.models.pair import MODES, Mode, mode_environment
 from sglang_dflash.models.prompts import pick, prompts_file
-from sglang_dflash.models.registry import SMOLLM2
 
 _WARM_UP = Prompt(id="warm-up", kind="chat", prompt="Say hello.")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: SGLang's flags per mode, environment, prompts."""
+    """What to run."""
 
-    flags: dict[str, list[str]]
+    pair: target.Target
     mode: Mode
     prompts: list[Prompt]
     max_tokens: int
     port: int
     out: Path
-    env: dict[str, str | None]
-    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -82,23 +70,13 @@ def tokens_per_second(replies: Sequence[Reply]) -> float:
     return sum(reply.tokens for reply in replies) / sum(reply.seconds for reply in replies)
 
 
-def threads() -> str:
-    """One thread count for both servers: chosen anew, the second would see the first one's load."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given:
-        return given
-    from sglang_dflash.platform.threads import free_threads, usable_cores
-
-    return str(free_threads(usable_cores(), os.getloadavg()[0]))
-
-
 def start(plan: Plan, mode: Mode, progress: Progress) -> Server:
     task = progress.add_task(f"{mode}: starting the server", total=None)
     server = Server(
-        [*plan.flags[mode]],
+        plan.pair.flags[mode],
         port=plan.port,
         log=plan.out / f"demo-{mode}.log",
-        env={**plan.env, **mode_environment(mode)},
+        env={**plan.pair.env, **mode_environment(mode)},
         tick=lambda: progress.update(task),
     )
     try:
@@ -142,7 +120,7 @@ def compare(plan: Plan, plain: Run, other: Run, progress: Progress) -> list[Verd
     if all(left.output_ids == right.output_ids for left, right in pairs):
         return [Verdict("identical") for _ in pairs]
     server = start(plan, "plain", progress)
-    oracle = ServerOracle(server.url, plan.vocab_size)
+    oracle = ServerOracle(server.url, plan.pair.vocab_size)
     try:
         dtype = resolve_dtype(plain.info)
         verdicts = []
@@ -207,7 +185,7 @@ def write(plan: Plan, plain: Run, other: Run, verdicts: Sequence[Verdict]) -> li
     content = {
         "model": plain.info.model_path,
         "mode": plan.mode,
-        "threads": plan.env.get("OMP_NUM_THREADS"),
+        "threads": plan.pair.env.get("OMP_NUM_THREADS"),
         "start_seconds": {"plain": plain.start_seconds, plan.mode: other.start_seconds},
         "plain": [asdict(reply) for reply in plain.replies],
         plan.mode: [asdict(reply) for reply in other.replies],
@@ -217,69 +195,28 @@ def write(plan: Plan, plain: Run, other: Run, verdicts: Sequence[Verdict]) -> li
     return [picture, data]
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(argv: list[str]) -> Plan:
+    parser = argparse.ArgumentParser(
+        prog="sglang-dflash demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    target.add_arguments(parser)
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of each kind (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=96, help="tokens per reply (%(default)s)")
+    parser.add_argument("--mode", choices=[mode for mode in MODES if mode != "plain"], default="tree")
+    parser.add_argument("--prompt-file", type=Path, help="JSON lines with id, kind and prompt")
+    parser.add_argument("--port", type=int, help="(default: a free one)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for results (%(default)s)")
+    args = target.parse(parser, argv)
     if args.prompts < 1 or args.max_tokens < 1:
         raise UserError("--prompts and --max-tokens must be at least 1")
     prompts = pick(read_prompts(args.prompt_file or prompts_file()), args.prompts)
     port = args.port or free_port()
     require_free_port("127.0.0.1", port)
-    modes: tuple[Mode, ...] = ("plain", args.mode)
-    embedded = args.model_path is None
-    if embedded:
-        drafter = require_drafter((args.drafter or SMOLLM2.drafter_dir).expanduser())
-        model = fetch_with_progress(SMOLLM2)
-        base = {mode: pair_flags(SMOLLM2, mode, drafter) for mode in modes}
-    else:
-        model = args.model_path.expanduser()
-        if not (model / "config.json").is_file():
-            raise UserError(f"no model at {model}: a folder with config.json expected")
-        if args.drafter is None:
-            raise UserError("--model-path needs --drafter: a DFlash drafter trained for that target")
-        drafter = require_drafter(args.drafter.expanduser())
-        base = {mode: ["--model-path", str(model), *drafter_flags(mode, drafter)] for mode in modes}
-    try:
-        config = json.loads((model / "config.json").read_text())
-        vocab_size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{model / 'config.json'} names no vocab_size; is this a text model?") from error
-    extra: list[str] = args.sglang
-    return Plan(
-        flags={mode: [*flags, *extra] for mode, flags in base.items()},
-        mode=args.mode,
-        prompts=prompts,
-        max_tokens=args.max_tokens,
-        port=port,
-        out=args.out,
-        env={"OMP_NUM_THREADS": threads(), "HF_HUB_OFFLINE": "1", **(quick_start() if embedded else {})},
-        vocab_size=vocab_size,
-    )
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    ours, _, rest = (
-        (argv, "", []) if "--" not in argv else (argv[: argv.index("--")], "--", argv[argv.index("--") + 1 :])
-    )
-    parser = argparse.ArgumentParser(
-        prog="sglang-dflash demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="flags after `--` go to both servers, for example: -- --dtype float32",
-    )
-    parser.add_argument("--prompts", type=int, default=8, help="prompts of each kind (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=96, help="tokens per reply (%(default)s)")
-    parser.add_argument("--mode", choices=[mode for mode in MODES if mode != "plain"], default="tree")
-    parser.add_argument("--model-path", type=Path, help="another target (default: the embedded one)")
-    parser.add_argument("--drafter", type=Path, help="another drafter (default: the one that ships)")
-    parser.add_argument("--prompt-file", type=Path, help="JSON lines with id, kind and prompt")
-    parser.add_argument("--port", type=int, help="(default: a free one)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for results (%(default)s)")
-    args = parser.parse_args(ours)
-    args.sglang = rest
-    return args
+    return Plan(target.resolve(args), args.mode, prompts, args.max_tokens, port, args.out)
 
 
 def main(argv: list[str]) -> int:
-    plan = make_plan(parse(argv))
+    plan = make_plan(argv)
     console = Console()
     columns = (
         SpinnerColumn(),
