@@ -1,0 +1,122 @@
+"""``sglang-dflash data``: a corpus of the target's own answers to train a drafter on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+CACHE = Path(os.environ.get("SGLANG_DFLASH_CACHE", Path.home() / ".cache" / "sglang-dflash"))
+TARGET = CACHE / "models" / "SmolLM2-135M-Instruct"
+logger = logging.getLogger("sglang_dflash.data")
+
+
+class DataOptions(BaseSettings):
+    """Make (or grow) a corpus: prompts from a JSONL file, or written by the target itself.
+
+    Run it again to continue; the same folder grows until --tokens response tokens are there.
+    """
+
+    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True)
+
+    target: Path = Field(TARGET, description="target model folder")
+    out: Path = Field(CACHE / "corpus", description="corpus folder (created, or continued)")
+    tokens: int = Field(300_000, gt=0, description="response tokens the train split should hold")
+    prompts: Path | None = Field(
+        None, description="JSONL with 'prompt' or 'messages'; default: self-prompting"
+    )
+    exclude: list[Path] = Field(
+        [Path("benchmarks/prompts.jsonl")],
+        description="JSONL files whose prompts must never enter the corpus",
+    )
+    max_new: int = Field(200, ge=16, description="longest response, tokens")
+    sampled: float = Field(0.25, ge=0, le=1, description="share of sampled responses (the rest is greedy)")
+    temperature: float = Field(0.8, gt=0, description="temperature of the sampled ones")
+    batch: int = Field(128, ge=4, description="sequences decoded at once")
+    seed: int = Field(0, description="opener and sampling seed")
+    features: str = Field("", description="also cache features of these target layers, e.g. 1,8,15,22,28")
+    features_dir: Path | None = Field(None, description="where; default: <cache>/features/<corpus name>")
+    threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
+    describe: bool = Field(False, description="only say what the corpus holds")
+
+
+def main(argv: list[str]) -> int:
+    options = CliApp.run(DataOptions, cli_args=argv)
+    import torch
+
+    from sglang_dflash.train.chat import Chat
+    from sglang_dflash.train.collect import Collector, Progress, Settings, describe
+    from sglang_dflash.train.target import DenseTarget
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    if options.describe:
+        print(describe(options.out))
+        return 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = DenseTarget(options.target, device=device)
+    layers = tuple(int(x) for x in options.features.split(",")) if options.features else None
+    settings = Settings(
+        out=options.out,
+        response_tokens=options.tokens,
+        prompts=options.prompts,
+        exclude=options.exclude,
+        max_new=options.max_new,
+        sampled_share=options.sampled,
+        temperature=options.temperature,
+        width=max(options.batch // 4, 1),
+        seed=options.seed,
+        features=layers,
+        features_dir=options.features_dir or CACHE / "features" / options.out.name,
+    )
+    collector = Collector(target, Chat(options.target), settings)
+    bar = _Bar(options.tokens)
+
+    def report(p: Progress) -> None:
+        bar.update(p.tokens, p.rate, p.records)
+
+    with bar:
+        collector.run(report)
+    print(describe(options.out))
+    return 0
+
+
+class _Bar:
+    """A progress bar on a terminal, one line a half minute elsewhere."""
+
+    def __init__(self, goal: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.goal, self.last = goal, 0.0
+        self.live = sys.stderr.isatty()
+        columns = (
+            TextColumn("answers"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not self.live)
+        self.task = self.bar.add_task("answers", total=goal, text="")
+
+    def __enter__(self) -> _Bar:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.bar.__exit__(*exc)
+
+    def update(self, tokens: int, rate: float, records: int) -> None:
+        text = f"{tokens}/{self.goal} tokens, {rate:.0f}/s, {records} answers"
+        self.bar.update(self.task, completed=tokens, text=text)
+        now = time.monotonic()
+        if not self.live and now - self.last > 30:
+            self.last = now
+            left = (self.goal - tokens) / max(rate, 1e-6) / 60
+            logger.info("%s, %.0f min left", text, left)

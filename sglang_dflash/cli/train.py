@@ -1,0 +1,181 @@
+"""``sglang-dflash train``: a drafter from a corpus, saved so that SGLang serves it unchanged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from sglang_dflash.cli.data import CACHE, TARGET
+from sglang_dflash.errors import UserError
+
+logger = logging.getLogger("sglang_dflash.train")
+
+
+class TrainOptions(BaseSettings):
+    """Train a DFlash drafter (arXiv 2602.06036) for a frozen target on its own answers.
+
+    The same command continues a killed run; --out/best is what ``sglang-dflash serve`` takes.
+    """
+
+    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True)
+
+    target: Path = Field(TARGET, description="target model folder")
+    corpus: list[Path] = Field([CACHE / "corpus"], description="corpus folders made by sglang-dflash data")
+    out: Path = Field(CACHE / "runs" / "default", description="run folder; best/ in it is the drafter")
+    minutes: float | None = Field(None, gt=0, description="time budget; the run ends with a saved drafter")
+    steps: int | None = Field(None, gt=0, description="step budget instead (repeatable runs)")
+
+    layers: int = Field(5, ge=1, description="draft layers")
+    block: int = Field(8, ge=2, le=32, description="block size B: the anchor and B - 1 drafted tokens")
+    target_layers: str = Field(
+        "", description="feature layers, e.g. 1,8,15,22,28; default: spread over the depth"
+    )
+    mask_token_id: int | None = Field(None, description="default: a token that chat text never holds")
+    init_from: Path | None = Field(None, description="continue from a stock DFlash checkpoint")
+    warm_layers: str = Field(
+        "", description="start from these target layers, e.g. 25,26,27,28,29; 'none': random"
+    )
+
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: orthogonalised updates of matrices")
+    rate: float = Field(6e-4, gt=0, description="peak learning rate (cosine)")
+    warmup: float = Field(0.04, ge=0, lt=1, description="share of the run that warms up")
+    rows: int = Field(16, ge=1, description="documents a micro-batch")
+    anchors: int = Field(16, ge=1, description="random anchors a document, drawn anew each visit")
+    accumulate: int = Field(1, ge=1, description="micro-batches an update")
+    clip: float = Field(1.0, gt=0, description="gradient norm limit")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW decay of matrices")
+    gamma: float = Field(
+        4.0, gt=0, description="position decay exp(-(k-1)/gamma); paper: 7/5/4 at block 16/10/8"
+    )
+    kl: float = Field(0.5, ge=0, le=1, description="share of the target's own distribution in the loss")
+    tree: float = Field(0.0, ge=0, description="extra weight where a draft tree can still reach")
+    confidence: float = Field(0.0, ge=0, description="extra weight that sharpens right top tokens")
+    complementary: float = Field(0.0, ge=0, le=1, description="share of steps with twin half-revealed blocks")
+    schedule: str = Field("", description="block sizes over the run, e.g. 0:4,0.3:8 (progress:size)")
+    negatives: int = Field(
+        -1, ge=-1, description="train on the corpus's ids plus n random others; -1: full head (CPU: 2048)"
+    )
+    greedy_only: bool = Field(False, description="train on greedy answers alone")
+    attention: str = Field("auto", description="split, dense or flex; auto: flex on CUDA, split elsewhere")
+
+    held_out: int = Field(12, ge=0, description="held-out documents judged during training")
+    eval_every: float = Field(300, gt=0, description="seconds (or steps) between judgements")
+    save_every: float = Field(120, gt=0, description="seconds (or steps) between saved states")
+    features_dir: Path | None = Field(
+        None, description="feature cache; default <cache>/features/<corpus name>"
+    )
+    exclude: list[Path] = Field(
+        [Path("benchmarks/prompts.jsonl")], description="JSONL prompts never trained on"
+    )
+    seed: int = 0
+    threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(x) for x in text.split(",") if x.strip())
+    except ValueError:
+        raise UserError(f"{text!r} is not a list of numbers: write e.g. 1,8,15") from None
+
+
+def _schedule(text: str) -> tuple[tuple[float, int], ...]:
+    try:
+        pairs = [part.split(":") for part in text.split(",") if part.strip()]
+        return tuple((float(a), int(b)) for a, b in pairs)
+    except ValueError:
+        raise UserError(f"--schedule {text!r}: write progress:size pairs, e.g. 0:4,0.3:8") from None
+
+
+def _drafter(o: TrainOptions, target):
+    """A drafter as the options ask: continued, warm or random."""
+    import torch
+
+    from sglang_dflash.train import checkpoint
+    from sglang_dflash.train.chat import Chat
+    from sglang_dflash.train.model import Drafter
+
+    torch.manual_seed(o.seed)
+    if o.init_from is not None:
+        drafter = checkpoint.load_drafter(o.init_from)
+        if drafter.config.hidden != target.hidden or drafter.config.vocab != target.vocab:
+            raise UserError(f"{o.init_from} does not fit the target: hidden size or vocabulary differ")
+        return drafter.to(target.device)
+    chat = Chat(o.target)
+    mask, name = (o.mask_token_id, "") if o.mask_token_id is not None else chat.mask_token()
+    if not 0 <= mask < target.vocab:
+        raise UserError(f"mask token {mask} is outside the vocabulary of {target.vocab}")
+    logger.info("mask token %d %s", mask, name)
+    layers = _ints(o.target_layers) or checkpoint.default_target_layers(target.num_layers)
+    config = checkpoint.config_for(
+        target, layers=o.layers, block=o.block, target_layers=layers, mask_token=mask
+    )
+    drafter = Drafter(config).to(target.device, torch.bfloat16)
+    with torch.no_grad():
+        # The frozen head expects the target's scale; a fifth of it starts near a uniform guess.
+        drafter.norm.weight.copy_(target.norm * 0.2)
+    if o.warm_layers != "none":
+        last = tuple(range(target.num_layers - o.layers, target.num_layers))
+        text = "Explain how a list is sorted in Python.\n\nTo sort a list, call sorted() on it: " * 3
+        sample = torch.tensor([chat.prompt_ids(text)], device=target.device)
+        checkpoint.warm_start(drafter, target, _ints(o.warm_layers) or last, sample)
+    return drafter
+
+
+def main(argv: list[str]) -> int:
+    o = CliApp.run(TrainOptions, cli_args=argv)
+    import torch
+
+    from sglang_dflash.train import batches, report
+    from sglang_dflash.train.features import FeatureWriter
+    from sglang_dflash.train.loss import LossSettings
+    from sglang_dflash.train.target import DenseTarget
+    from sglang_dflash.train.trainer import Trainer, TrainSettings
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    target = DenseTarget(o.target, device=device)
+    drafter = _drafter(o, target)
+    o.out.mkdir(parents=True, exist_ok=True)
+
+    excluded = batches.excluded_hashes(o.exclude)
+    train, held = [], []
+    for folder in o.corpus:
+        place = o.features_dir or CACHE / "features" / folder.name
+        writer = FeatureWriter(place, target, drafter.config.target_layers)
+        train += batches.load_documents([folder], "train", writer, None, excluded, o.greedy_only)
+        if o.held_out > len(held):
+            held += batches.load_documents([folder], "heldout", writer, o.held_out - len(held))
+    responses = sum(len(d.tokens) - d.prompt_len for d in train)
+    logger.info("%d training documents, %d response tokens; %d held out", len(train), responses, len(held))
+
+    how = o.attention if o.attention != "auto" else ("flex" if device.startswith("cuda") else "split")
+    settings = TrainSettings(
+        minutes=o.minutes, steps=o.steps, optimizer=o.optimizer, rate=o.rate, warmup=o.warmup, rows=o.rows, anchors=o.anchors,
+        accumulate=o.accumulate, weight_decay=o.weight_decay, clip=o.clip,
+        loss=LossSettings(gamma=o.gamma, kl=o.kl, tree=o.tree, confidence=o.confidence),
+        negatives=o.negatives, complementary=o.complementary, schedule=_schedule(o.schedule), seed=o.seed,
+        eval_every=o.eval_every, save_every=o.save_every, how=how,
+    )  # fmt: skip
+    view = report.View(o.out, settings)
+    trainer = Trainer(drafter, target, train, held, settings, o.out, view.observe)
+    if trainer.resume():
+        logger.info("resumed at step %d, %.1f minutes in", trainer.step, trainer.elapsed / 60)
+    options = json.loads(o.model_dump_json())
+    (o.out / "options.json").write_text(json.dumps({"started": time.time(), **options}, indent=1) + "\n")
+    with view:
+        best = trainer.run()
+    report.plot(o.out)
+    print(f"best held-out accept length {best:.3f} (chain); drafter: {o.out / 'best'}")
+    return 0

@@ -1,0 +1,189 @@
+"""Offline judgement: recall by position and accept length of the chain and of trees.
+
+The target's greedy answer is fixed whatever the drafter proposes, so one pass over every
+anchor of an answer gives everything a served run would draft there; the walk then visits
+the anchors that such a run visits. Numbers agree with a server up to bf16 ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from dflash_kernels import build_tree
+
+from sglang_dflash.train.batches import Document, build_batch
+from sglang_dflash.train.model import Drafter
+from sglang_dflash.train.target import DenseTarget
+
+TOP = 16
+
+
+@dataclass
+class Table:
+    """Drafts from every anchor of one answer (P anchors, L = B - 1 drafted positions).
+
+    anchor: [P] token ids; labels: [P, L] right tokens (-1 past the end)
+    ids, logprobs: [P, L, TOP] best candidates, descending; rank: [P, L] rank of the right token
+    family, temperature: of the document
+    """
+
+    anchor: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    rank: torch.Tensor
+    family: str
+    temperature: float
+
+
+@torch.inference_mode()
+def draft_table(
+    drafter: Drafter, target: DenseTarget, document: Document, block: int | None = None, rows: int = 448
+) -> Table:
+    """Draft from every anchor of ``document`` with the target's full head."""
+    c = drafter.config
+    B = block or c.block
+    places = torch.tensor(list(document.anchors()))
+    batch = build_batch([document], [places], B, c.mask_token, 1.0)
+    features = batch.planes[:, :, :-1]
+    hidden = drafter(F.embedding(batch.inputs, target.embed), features, batch.layout)[0, :, 1:]
+    P, L, H = hidden.shape
+    flat, labels = hidden.reshape(P * L, H), batch.labels[0].reshape(P * L)
+    ids, logprobs, rank = [], [], []
+    for at in range(0, P * L, rows):
+        z = F.linear(flat[at : at + rows], target.head).float()
+        values, best = z.topk(TOP, dim=-1)
+        mine = z.gather(1, labels[at : at + rows].clamp_min(0)[:, None])
+        rank.append((z > mine).sum(-1))
+        ids.append(best)
+        logprobs.append(values - z.logsumexp(-1, keepdim=True))
+    return Table(
+        batch.inputs[0, :, 0],
+        batch.labels[0],
+        torch.cat(ids).view(P, L, TOP),
+        torch.cat(logprobs).view(P, L, TOP),
+        torch.cat(rank).view(P, L),
+        document.family,
+        document.temperature,
+    )
+
+
+def chain_accepts(table: Table) -> torch.Tensor:
+    """[P] drafted tokens accepted from each anchor by the top-1 chain."""
+    right = (table.ids[..., 0] == table.labels) & (table.labels >= 0)
+    return right.long().cumprod(1).sum(1)
+
+
+def tree_accepts(table: Table, nodes: int, depth_bonus: torch.Tensor | None = None) -> torch.Tensor:
+    """[P] drafted tokens accepted from each anchor by a tree of ``nodes`` (root included)."""
+    P, L = table.labels.shape
+    tree = build_tree(table.anchor, table.logprobs, table.ids, num_nodes=nodes, depth_bonus=depth_bonus)
+    at = torch.zeros(P, dtype=torch.long)
+    alive = torch.ones(P, dtype=torch.bool)
+    accepted = torch.zeros(P, dtype=torch.long)
+    # Padding nodes copy the root as their parent; only linked nodes have a later-than-parent id.
+    linked = torch.zeros_like(tree.parents, dtype=torch.bool)
+    linked[:, 1:] = True
+    for d in range(L):
+        match = (tree.parents.long() == at[:, None]) & (tree.tokens == table.labels[:, d, None]) & linked
+        match &= tree.depth == d + 1
+        alive &= match.any(1)
+        at = torch.where(alive, match.float().argmax(1), at)
+        accepted += alive
+    return accepted
+
+
+@dataclass
+class Walk:
+    """Passes and tokens of simulated runs; ``length`` is tokens per target pass, bonus included."""
+
+    passes: int = 0
+    tokens: int = 0
+
+    def add(self, accepts: torch.Tensor) -> None:
+        """Walk one answer whose anchor i accepts ``accepts[i]`` drafted tokens."""
+        steps, i, left = accepts.tolist(), 0, len(accepts)
+        while i < left:
+            # Anchor i is followed by left - i further tokens.
+            step = min(steps[i] + 1, left - i)
+            self.passes += 1
+            self.tokens += step
+            i += step
+
+    @property
+    def length(self) -> float:
+        return self.tokens / max(self.passes, 1)
+
+
+@dataclass
+class Judgement:
+    """Accept lengths and conditional recall of one group of documents."""
+
+    walks: dict[str, Walk] = field(default_factory=dict)
+    recall: dict[int, list[float]] = field(default_factory=dict)
+    documents: int = 0
+
+    def as_dict(self) -> dict:
+        return {
+            "documents": self.documents,
+            "accept_length": {name: round(walk.length, 4) for name, walk in self.walks.items()},
+            "tokens": {name: walk.tokens for name, walk in self.walks.items()},
+            "recall": {f"@{k}": [round(x, 4) for x in row] for k, row in self.recall.items()},
+        }
+
+
+def _recall(tables: list[Table], k: int) -> list[float]:
+    """Share of positions whose right token is among the k best, given that all before are top-1 right."""
+    L = tables[0].labels.shape[1]
+    hit, seen = torch.zeros(L), torch.zeros(L)
+    for t in tables:
+        valid = t.labels >= 0
+        first = (t.rank == 0) & valid
+        before = torch.cat([first.new_ones(len(first), 1), first[:, :-1]], 1).long().cumprod(1).bool() & valid
+        hit += ((t.rank < k) & before).sum(0)
+        seen += before.sum(0)
+    return (hit / seen.clamp_min(1)).tolist()
+
+
+def judge_tables(
+    tables: list[Table], budgets: Iterable[int] = (16, 32, 64), depth_bonus: torch.Tensor | None = None
+) -> dict[str, Judgement]:
+    """Judgements by family (``chat``, ``code``, ``all``), split further by temperature if several."""
+    groups: dict[str, list[Table]] = {"all": tables}
+    for t in tables:
+        groups.setdefault(t.family, []).append(t)
+    temperatures = sorted({t.temperature for t in tables})
+    if len(temperatures) > 1:
+        for value in temperatures:
+            groups[f"T={value:g}"] = [t for t in tables if t.temperature == value]
+    out = {}
+    for name, members in groups.items():
+        j = Judgement(documents=len(members))
+        policies: dict[str, Callable[[Table], torch.Tensor]] = {"chain": chain_accepts}
+        for nodes in budgets:
+            policies[f"tree-{nodes}"] = lambda t, nodes=nodes: tree_accepts(t, nodes, depth_bonus)
+        for policy, accepts in policies.items():
+            walk = j.walks.setdefault(policy, Walk())
+            for t in members:
+                walk.add(accepts(t))
+        j.recall = {k: _recall(members, k) for k in (1, 4, 16)}
+        out[name] = j
+    return out
+
+
+def judge(
+    drafter: Drafter,
+    target: DenseTarget,
+    documents: list[Document],
+    budgets: Iterable[int] = (16, 32, 64),
+    depth_bonus: torch.Tensor | None = None,
+) -> dict[str, Judgement]:
+    """Draft from every anchor of ``documents`` and judge."""
+    training = drafter.training
+    drafter.eval()
+    tables = [draft_table(drafter, target, doc) for doc in documents]
+    drafter.train(training)
+    return judge_tables(tables, budgets, depth_bonus)
