@@ -35,34 +35,37 @@ class TileConfig:
         return 8
 
 
-# (architecture, head dim bucket, row bucket) for 16-bit caches; sm_100 takes sm_90's entries. Dim 256 stops
-# at 64 rows: 128 rows of float32 accumulator would take every register of eight warps.
+# (architecture, head dim bucket, row bucket) for 16-bit caches; sm_100 takes sm_90's entries unless it has
+# its own. The pipeliner spends two stages per tile in flight, one for the slot indices and one for the rows
+# they name: 5 keeps two tiles in flight, 7 three, and fewer than 5 none. Dim 256 stops at 64 rows (32 on
+# sm_80): 128 rows of float32 accumulator would take every register of eight warps.
 _TABLE: dict[tuple[int, int, int], TileConfig] = {
-    (80, 64, 16): TileConfig(16, 64, 4, 4, 3),
-    (80, 64, 32): TileConfig(32, 64, 4, 4, 3),
-    (80, 64, 64): TileConfig(64, 64, 4, 3, 2),
-    (80, 64, 128): TileConfig(128, 64, 8, 3, 1),
-    (80, 128, 16): TileConfig(16, 64, 4, 2, 3),
-    (80, 128, 32): TileConfig(32, 64, 4, 2, 2),
-    (80, 128, 64): TileConfig(64, 64, 4, 2, 2),
-    (80, 128, 128): TileConfig(128, 32, 8, 3, 1),
-    (80, 256, 16): TileConfig(16, 32, 4, 2, 2),
-    (80, 256, 32): TileConfig(32, 32, 4, 2, 2),
-    (80, 256, 64): TileConfig(64, 32, 8, 2, 1),
-    (90, 64, 16): TileConfig(16, 128, 4, 3, 3),
-    (90, 64, 32): TileConfig(32, 128, 4, 3, 3),
-    (90, 64, 64): TileConfig(64, 128, 4, 3, 2),
-    (90, 64, 128): TileConfig(128, 64, 8, 4, 1),
-    (90, 128, 16): TileConfig(16, 64, 4, 4, 3),
-    (90, 128, 32): TileConfig(32, 64, 4, 4, 2),
-    (90, 128, 64): TileConfig(64, 64, 4, 3, 2),
-    (90, 128, 128): TileConfig(128, 64, 8, 4, 1),
-    (90, 256, 16): TileConfig(16, 32, 4, 3, 3),
-    (90, 256, 32): TileConfig(32, 32, 4, 3, 2),
-    (90, 256, 64): TileConfig(64, 32, 8, 3, 1),
+    (80, 64, 16): TileConfig(16, 64, 4, 5, 3),
+    (80, 64, 32): TileConfig(32, 64, 4, 5, 3),
+    (80, 64, 64): TileConfig(64, 64, 4, 5, 2),
+    (80, 64, 128): TileConfig(128, 64, 8, 5, 1),
+    (80, 128, 16): TileConfig(16, 32, 4, 5, 3),
+    (80, 128, 32): TileConfig(32, 32, 4, 5, 3),
+    (80, 128, 64): TileConfig(64, 32, 4, 5, 2),
+    (80, 128, 128): TileConfig(128, 32, 8, 5, 1),
+    (80, 256, 16): TileConfig(16, 32, 4, 5, 2),
+    (80, 256, 32): TileConfig(32, 32, 4, 5, 1),
+    (80, 256, 64): TileConfig(32, 32, 4, 5, 1),
+    (90, 64, 16): TileConfig(16, 128, 4, 5, 3),
+    (90, 64, 32): TileConfig(32, 128, 4, 5, 2),
+    (90, 64, 64): TileConfig(64, 128, 4, 5, 2),
+    (90, 64, 128): TileConfig(128, 64, 8, 7, 1),
+    (90, 128, 16): TileConfig(16, 64, 4, 5, 3),
+    (90, 128, 32): TileConfig(32, 64, 4, 5, 2),
+    (90, 128, 64): TileConfig(64, 64, 4, 5, 2),
+    (90, 128, 128): TileConfig(128, 64, 8, 7, 1),
+    (90, 256, 16): TileConfig(16, 32, 4, 5, 3),
+    (90, 256, 32): TileConfig(32, 32, 4, 5, 2),
+    (90, 256, 64): TileConfig(64, 32, 8, 7, 1),
+    (100, 128, 64): TileConfig(64, 64, 4, 7, 1),
 }
 # float32 dots run on the plain cores; small tiles keep their operands in registers.
-_FLOAT32 = TileConfig(16, 32, 4, 2, 2)
+_FLOAT32 = TileConfig(16, 32, 4, 3, 1)
 _SMS = {80: 108, 90: 132, 100: 148}
 MAX_SPLITS = 64
 MIN_CHUNK = 128  # tokens; below this a split costs more in its merge than it saves
@@ -102,8 +105,9 @@ def tile_config(arch: int, head_dim: int, rows: int, kv_bytes: int = 2) -> TileC
     if kv_bytes == 4:
         return _FLOAT32
     dim = bucket(head_dim, (64, 128, 256))
-    sizes = (16, 32, 64) if dim == 256 else (16, 32, 64, 128)
-    config = _TABLE[min(arch, 90), dim, bucket(rows, sizes)]
+    sizes = (16, 32, 64) if dim == 256 else (16, 32, 64, 128)  # the table's row buckets
+    rows = bucket(rows, sizes)
+    config = _TABLE.get((arch, dim, rows)) or _TABLE[min(arch, 90), dim, rows]
     # One-byte rows leave half the bytes in flight at the same depth: two more stages make up for it.
     return replace(config, stages=config.stages + 2) if kv_bytes == 1 else config
 

@@ -101,3 +101,44 @@ def walk(tokens, first_child, next_sibling, target_tokens, max_depth) -> list[in
             break
         path.append(child)
     return path
+
+
+def dense_attention(case, q, k_new, v_new, k_cache, v_cache, lens, slots, visible, depth) -> np.ndarray:
+    """Float64 attention, one query row at a time.
+
+    Args:
+        case: namespace with sm_scale, logit_cap, window (< 0 none), both_ways, sinks (or None), k_scale,
+            v_scale.
+        lens: prefix length of each request; slots: list of slot lists.
+        visible: bool [bs][N][N]; depth: int [bs][N].
+        The rest: float64 arrays shaped as in `tree_attention`.
+    """
+    N = len(depth[0])
+    Hq, Hkv = q.shape[1], k_new.shape[1]
+    out = np.zeros((q.shape[0], Hq, v_new.shape[2]))
+    for b, length in enumerate(lens):
+        for i in range(N):
+            at = length + depth[b][i]
+            keys, values = [], []
+            for pos in range(length):
+                if case.window < 0 or at - pos <= case.window:
+                    keys.append(k_cache[slots[b][pos]] * case.k_scale)
+                    values.append(v_cache[slots[b][pos]] * case.v_scale)
+            for j in range(N):
+                gap = depth[b][i] - depth[b][j]
+                near = case.window < 0 or (abs(gap) if case.both_ways else gap) <= case.window
+                if visible[b][i][j] and near:
+                    keys.append(k_new[b * N + j])
+                    values.append(v_new[b * N + j])
+            for h in range(Hq):
+                kv = h // (Hq // Hkv)
+                scores = [float(q[b * N + i, h] @ k[kv]) * case.sm_scale for k in keys]
+                if case.logit_cap > 0:
+                    scores = [case.logit_cap * math.tanh(s / case.logit_cap) for s in scores]
+                top = max(scores)
+                weights = [math.exp(s - top) for s in scores]
+                total = sum(weights)
+                if case.sinks is not None:
+                    total += math.exp(case.sinks[h] - top)
+                out[b * N + i, h] = sum(w * v[kv] for w, v in zip(weights, values, strict=True)) / total
+    return out
