@@ -10,7 +10,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_dflash.errors import UserError
-from sglang_dflash.platform.attention_ops import HeadSpec, Segment, attend, unpack_ancestors
+from sglang_dflash.platform.attention_ops import MIN_KEYS, HeadSpec, Segment, attend, unpack_ancestors
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -21,7 +21,7 @@ KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CpuAttentionBackend(AttentionBackend):
-    """Attention through scaled-dot-product attention over gathered, padded keys.
+    """Attention over gathered, padded keys (see ``attention_ops``).
 
     The gather indices and masks are made once per forward pass and shared by all layers.
     Lengths are read from the tensors of the batch, which cost nothing to read here; the
@@ -75,7 +75,7 @@ class CpuAttentionBackend(AttentionBackend):
     ) -> list[Segment]:
         """One padded segment for a batch in which every request has ``width`` query rows."""
         table = self.req_to_token_pool.req_to_token
-        longest = int(prefix_lens.max()) + width
+        longest = max(int(prefix_lens.max()) + width, MIN_KEYS)
         slots = table[:, :longest].index_select(0, forward_batch.req_pool_indices.long()).long()
         columns = torch.arange(longest)
         slots.masked_fill_(columns >= (prefix_lens + width).unsqueeze(1), 0)
@@ -99,7 +99,8 @@ class CpuAttentionBackend(AttentionBackend):
         for row, prefix, width in zip(forward_batch.req_pool_indices.tolist(), prefixes, widths, strict=True):
             if width == 0:
                 continue
-            slots = table[row, : prefix + width].long().unsqueeze(0)
+            slots = table[row, : max(prefix + width, MIN_KEYS)].long().unsqueeze(0)
+            slots[:, prefix + width :] = 0
             segments.append(
                 Segment(
                     rows=slice(start, start + width),
@@ -195,6 +196,6 @@ def _refuse_unsupported(runner: ModelRunner) -> None:
         )
     if runner.kv_cache_dtype not in KV_DTYPES:
         raise UserError(
-            f"The CPU platform keeps the KV cache in float32, bfloat16 or float16, not {runner.kv_cache_dtype}: "
-            "drop --kv-cache-dtype."
+            f"The CPU platform keeps the KV cache in float32, bfloat16 or float16, "
+            f"not {runner.kv_cache_dtype}: drop --kv-cache-dtype."
         )

@@ -13,7 +13,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
 
-from sglang_dflash.platform import ATTENTION_BACKEND
+from sglang_dflash.platform import ATTENTION_BACKEND, DISPATCH_KEY
 from sglang_dflash.platform.threads import pin_omp_threads
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class DFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         import torch
 
         return torch.profiler.ProfilerActivity.CPU
+
+    def get_dispatch_key_name(self) -> str:
+        return DISPATCH_KEY
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND

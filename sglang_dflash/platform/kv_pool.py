@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, move_kv_cache_native
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, move_kv_cache_native, unwrap_write_loc
 
 
 class CpuMHATokenToKVPool(MHATokenToKVPool):
@@ -22,3 +24,25 @@ class CpuMHATokenToKVPool(MHATokenToKVPool):
         All sources are read before anything is written, so the two may overlap.
         """
         move_kv_cache_native(self.k_buffer, self.v_buffer, tgt_loc, src_loc)
+
+    def set_kv_buffer(
+        self,
+        layer: Any,
+        loc_info: Any,
+        cache_k: torch.Tensor,
+        cache_v: torch.Tensor,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        layer_id_override: int | None = None,
+        dcp_kv_mask: torch.Tensor | None = None,
+    ) -> None:
+        """Write K and V rows ``[n, kv_heads, dim]`` at the slots of ``loc_info`` (int64 ``[n]``)."""
+        if cache_k.dtype != self.store_dtype or dcp_kv_mask is not None or self.use_hnd:
+            super().set_kv_buffer(
+                layer, loc_info, cache_k, cache_v, k_scale, v_scale, layer_id_override, dcp_kv_mask
+            )
+            return
+        loc = unwrap_write_loc(loc_info)[0]
+        index = (layer.layer_id if layer_id_override is None else layer_id_override) - self.start_layer
+        self.k_buffer[index].index_copy_(0, loc, cache_k)
+        self.v_buffer[index].index_copy_(0, loc, cache_v)

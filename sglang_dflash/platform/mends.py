@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sglang_dflash.errors import UserError
-from sglang_dflash.platform import ATTENTION_BACKEND, hashing, slots
+from sglang_dflash.platform import ATTENTION_BACKEND, fused_ops, hashing, slots
 from sglang_dflash.platform.contracts import Contract, check, replace
 
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
@@ -29,12 +29,18 @@ MURMUR_HASH = Contract(
     "sglang.kernels.ops.sampling.murmur_hash", "murmur_hash32", ("seed", "positions", "col_indices")
 )
 
+_RMS_NORM = ("self", "x", "residual", "post_residual_addition", "quant_linear")
+_ROPE = ("self", "positions", "query", "key", "offsets", "fused_set_kv_buffer_arg")
+
 #: Not replaced here, but overridden or called with exactly these parameters.
 RELIED_ON = (
     Contract(_ALLOCATION, "get_last_loc_torch", GET_LAST_LOC.parameters),
     Contract(_POOL, "MHATokenToKVPool._init_kv_copy_and_warmup", ("self",)),
     Contract(_POOL, "MHATokenToKVPool._move_kv_cache_impl", ("self", "tgt_loc", "src_loc")),
     Contract(_POOL, "move_kv_cache_native", ("k_buffer", "v_buffer", "tgt_loc", "src_loc")),
+    Contract("sglang.srt.layers.layernorm", "RMSNorm.forward_native", _RMS_NORM),
+    Contract("sglang.srt.layers.activation", "SiluAndMul.forward_native", ("self", "x")),
+    Contract("sglang.srt.layers.rotary_embedding", "RotaryEmbedding.forward_native", _ROPE),
     Contract("sglang.srt.layers.attention.attention_registry", "register_attention_backend", ("name",)),
 )
 
@@ -57,6 +63,7 @@ def apply_mends() -> None:
         replace(GET_LAST_LOC, check(RELIED_ON[0]))
         replace(MURMUR_HASH, hashing.murmur_hash32)
         _register_attention_backend()
+        fused_ops.register()
         _ignore_streams_of_cpu_tensors()
     except UserError as error:
         raise SystemExit(f"sglang-dflash: {error}") from error

@@ -1,8 +1,10 @@
-"""Changes to a loaded model that keep it off GPU-only kernels."""
+"""Changes to a loaded model: off GPU-only kernels, onto the fast CPU ones."""
 
 from __future__ import annotations
 
 import torch
+
+from sglang_dflash.platform.linear import pack_model
 
 
 def mend_model(model: torch.nn.Module) -> None:
@@ -11,3 +13,4 @@ def mend_model(model: torch.nn.Module) -> None:
         # The drafter's fused QK-norm + RoPE is a CUDA kernel that bfloat16 selects blindly.
         if getattr(module, "use_table_qk_norm_rope", False):
             module.use_table_qk_norm_rope = False  # type: ignore[assignment]
+    pack_model(model)
