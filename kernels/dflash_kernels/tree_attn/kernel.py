@@ -49,17 +49,15 @@ def _online(s, v, m, l, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _chunk_bounds(kv_indptr, b, split, SPLITS: tl.constexpr, WINDOW: tl.constexpr, MIN_CHUNK: tl.constexpr):
-    """(first index slot, prefix length, begin, end) of one split; end <= begin when it has nothing to do."""
+def _chunks(kv_indptr, b, SPLITS: tl.constexpr, WINDOW: tl.constexpr, MIN_CHUNK: tl.constexpr):
+    """(first index slot, prefix length, first visible position, tokens per split) of a request."""
     start = tl.load(kv_indptr + b)
     length = tl.load(kv_indptr + b + 1) - start
     low = start * 0
     if WINDOW >= 0:
         low = tl.maximum(length - WINDOW, 0)
     share = (length - low + SPLITS - 1) // SPLITS
-    chunk = tl.maximum((share + MIN_CHUNK - 1) // MIN_CHUNK, 1) * MIN_CHUNK
-    begin = low + split * chunk
-    return start, length, begin, tl.minimum(begin + chunk, length)
+    return start, length, low, tl.maximum((share + MIN_CHUNK - 1) // MIN_CHUNK, 1) * MIN_CHUNK
 
 
 @triton.jit
@@ -214,7 +212,9 @@ def prefix_kernel(
     head = tl.program_id(1) // SPLITS
     split = tl.program_id(1) % SPLITS
     b = tl.program_id(2)
-    start, length, begin, end = _chunk_bounds(kv_indptr, b, split, SPLITS, WINDOW, MIN_CHUNK)
+    start, length, low, chunk = _chunks(kv_indptr, b, SPLITS, WINDOW, MIN_CHUNK)
+    begin = low + split * chunk
+    end = tl.minimum(begin + chunk, length)
     if not FUSED:  # noqa: SIM102 - a compile-time branch around a run-time one
         if begin >= end:
             return
@@ -359,13 +359,12 @@ def merge_kernel(
         HAS_DEPTH, HAS_CAP, PRECISION,
     )  # fmt: skip
 
-    for split in range(SPLITS):
-        _, _, begin, end = _chunk_bounds(kv_indptr, b, split, SPLITS, WINDOW, MIN_CHUNK)
-        live = row_mask & (begin < end)  # idle splits wrote nothing
+    _, length, low, chunk = _chunks(kv_indptr, b, SPLITS, WINDOW, MIN_CHUNK)
+    for split in range(tl.cdiv(length - low, chunk)):  # idle splits wrote nothing
         cell = ((b * HKV + head) * SPLITS + split).to(tl.int64) * ROWS + row
-        lse = tl.load(part_lse + cell, mask=live, other=float("-inf"))
+        lse = tl.load(part_lse + cell, mask=row_mask, other=float("-inf"))
         o = tl.load(
-            part_o + cell[:, None] * DV + dv[None, :], mask=live[:, None] & (dv < DV)[None, :], other=0.0
+            part_o + cell[:, None] * DV + dv[None, :], mask=row_mask[:, None] & (dv < DV)[None, :], other=0.0
         )
         m_new = tl.maximum(m, lse)
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
