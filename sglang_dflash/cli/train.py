@@ -108,8 +108,7 @@ def _drafter(o: TrainOptions, target):
         if drafter.config.hidden != target.hidden or drafter.config.vocab != target.vocab:
             raise UserError(f"{o.init_from} does not fit the target: hidden size or vocabulary differ")
         return drafter.to(target.device)
-    chat = Chat(o.target)
-    mask, name = (o.mask_token_id, "") if o.mask_token_id is not None else chat.mask_token()
+    mask, name = (o.mask_token_id, "") if o.mask_token_id is not None else Chat(o.target).mask_token()
     if not 0 <= mask < target.vocab:
         raise UserError(f"mask token {mask} is outside the vocabulary of {target.vocab}")
     logger.info("mask token %d %s", mask, name)
@@ -121,12 +120,23 @@ def _drafter(o: TrainOptions, target):
     with torch.no_grad():
         # The frozen head expects the target's scale; a fifth of it starts near a uniform guess.
         drafter.norm.weight.copy_(target.norm * 0.2)
-    if o.warm_layers != "none":
-        last = tuple(range(target.num_layers - o.layers, target.num_layers))
-        text = "Explain how a list is sorted in Python.\n\nTo sort a list, call sorted() on it: " * 3
-        sample = torch.tensor([chat.prompt_ids(text)], device=target.device)
-        checkpoint.warm_start(drafter, target, _ints(o.warm_layers) or last, sample)
     return drafter
+
+
+def _start(o: TrainOptions, drafter, target, train) -> None:
+    """Give a new drafter its start from the corpus: target layers where asked, else a balanced fusion."""
+    import torch
+
+    from sglang_dflash.train import checkpoint
+
+    if o.init_from is not None:
+        return
+    if o.warm_layers not in ("", "none"):
+        sample = train[0].tokens[None, :256].to(target.device)
+        checkpoint.warm_start(drafter, target, _ints(o.warm_layers), sample)
+        return
+    planes = torch.cat([d.planes[d.prompt_len : -1, :-1] for d in train[:32]])
+    checkpoint.balance_fusion(drafter, planes.to(target.device))
 
 
 def main(argv: list[str]) -> int:
@@ -157,6 +167,7 @@ def main(argv: list[str]) -> int:
         train += batches.load_documents([folder], "train", writer, None, excluded, o.greedy_only)
         if o.held_out > len(held):
             held += batches.load_documents([folder], "heldout", writer, o.held_out - len(held))
+    _start(o, drafter, target, train)
     responses = sum(len(d.tokens) - d.prompt_len for d in train)
     logger.info("%d training documents, %d response tokens; %d held out", len(train), responses, len(held))
 

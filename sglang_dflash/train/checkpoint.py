@@ -188,13 +188,25 @@ def warm_start(drafter: Drafter, target: DenseTarget, sources: tuple[int, ...], 
         layer.post_attention_layernorm.weight.copy_(t.post_norm)
         attn.q_norm.weight.copy_(t.q_norm if t.q_norm is not None else torch.full_like(attn.q_norm.weight, stats[source][0]))
         attn.k_norm.weight.copy_(t.k_norm if t.k_norm is not None else torch.full_like(attn.k_norm.weight, stats[source][1]))
-    drafter.norm.weight.copy_(target.norm)
+    # Confident wrong guesses are slow to unlearn: start at half the target's logit scale.
+    drafter.norm.weight.copy_(target.norm * 0.5)
     n = len(c.target_layers)
     fc = drafter.fc.weight.view(c.hidden, n, c.hidden)
     fc.normal_(std=0.002)
     fc[:, -1] += torch.eye(c.hidden)
     norms = torch.stack([target.layers[s].input_norm.float() for s in sources])
     drafter.hidden_norm.weight.copy_(norms.mean(0))
+
+
+@torch.no_grad()
+def balance_fusion(drafter: Drafter, features: torch.Tensor) -> None:
+    """Scale the columns of a random ``fc`` by the spread of what they multiply.
+
+    Residual streams grow with depth and hold a few huge channels; unscaled, the fused feature
+    would start as those channels alone. ``features`` [n, planes, hidden] are a sample.
+    """
+    spread = features.float().flatten(1).std(0)
+    drafter.fc.weight.mul_(0.5 / spread.clamp_min(spread.median() * 0.05))
 
 
 def _qk_rms(target: DenseTarget, tokens: torch.Tensor) -> list[tuple[float, float]]:

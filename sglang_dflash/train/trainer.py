@@ -63,6 +63,7 @@ class Point:
     accept: float
     rate: float
     norm: float
+    right: list[float] = field(default_factory=list)  # top-1 right by drafted position
     held_out: dict[str, float] | None = None
 
 
@@ -153,7 +154,8 @@ class Trainer:
                 f"{self.out}; lower --rate (now {self.s.rate:g})"
             )
         accept = sum(r.accept for r in reports) / len(reports)
-        return Point(self.step, self.elapsed, loss, accept, rate, norm)
+        right = [round(x, 4) for x in reports[-1].right]
+        return Point(self.step, self.elapsed, loss, accept, rate, norm, right)
 
     def _due(self, name: str, every: float) -> bool:
         now = self.step if self.s.steps is not None else self.elapsed

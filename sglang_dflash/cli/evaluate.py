@@ -1,0 +1,122 @@
+"""``sglang-dflash eval``: recall by position and accept length of chain and trees, by prompt kind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from sglang_dflash.cli.data import CACHE, TARGET
+from sglang_dflash.errors import UserError
+
+SHIPPED = Path(__file__).parent.parent / "drafters" / "smollm2-135m-instruct"
+logger = logging.getLogger("sglang_dflash.eval")
+
+
+class EvalOptions(BaseSettings):
+    """Judge a drafter offline (and, with --server, against a running server's accept length).
+
+    Answers come from a corpus's held-out split, or are generated now for the prompts of a JSONL file.
+    """
+
+    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True)
+
+    drafter: Path = Field(SHIPPED, description="drafter folder")
+    target: Path = Field(TARGET, description="target model folder")
+    corpus: list[Path] = Field([], description="judge on the held-out split of these corpora")
+    prompts: Path | None = Field(None, description="judge on these prompts (JSONL: kind, prompt)")
+    limit: int = Field(0, ge=0, description="at most so many answers; 0: all")
+    max_new: int = Field(200, ge=16, description="longest generated answer, tokens")
+    temperature: float = Field(0.0, ge=0, description="temperature of generated answers")
+    budgets: str = Field("16,32,64", description="tree node budgets, root included")
+    calibrate: bool = Field(False, description="fit tree_depth_bonus on training answers and judge with it")
+    write: bool = Field(False, description="with --calibrate: store it in the drafter's config if it helps")
+    server: str | None = Field(None, description="base URL of a running server to compare with")
+    json_out: Path | None = Field(None, description="write the numbers here")
+    features_dir: Path | None = Field(None, description="feature cache; default <cache>/features/<corpus name>")
+    seed: int = 0
+    threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
+
+
+def _documents(o: EvalOptions, target, layers: tuple[int, ...], split: str = "heldout", limit: int = 0):
+    from sglang_dflash.train import batches
+    from sglang_dflash.train.features import FeatureWriter
+
+    documents = []
+    for folder in o.corpus:
+        writer = FeatureWriter(o.features_dir or CACHE / "features" / folder.name, target, layers)
+        documents += batches.load_documents([folder], split, writer, limit or None, greedy_only=split == "train")
+    return documents
+
+
+def main(argv: list[str]) -> int:
+    o = CliApp.run(EvalOptions, cli_args=argv)
+    import torch
+
+    from sglang_dflash.train import answers, calibrate, served
+    from sglang_dflash.train.checkpoint import load_drafter, read_config
+    from sglang_dflash.train.judge import draft_table, judge_tables
+    from sglang_dflash.train.target import DenseTarget
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    if not o.corpus and o.prompts is None:
+        raise UserError("nothing to judge on: give --corpus (held-out split) or --prompts FILE.jsonl")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = DenseTarget(o.target, device=device)
+    drafter = load_drafter(o.drafter).to(device).eval()
+    layers = drafter.config.target_layers
+    documents = _documents(o, target, layers, limit=o.limit)
+    if o.prompts is not None:
+        documents += answers.answer_prompts(
+            target, o.target, o.prompts, layers, o.max_new, o.temperature, o.limit, o.seed
+        )
+    try:
+        budgets = [int(x) for x in o.budgets.split(",")]
+    except ValueError:
+        raise UserError(f"--budgets {o.budgets!r}: write e.g. 16,32,64") from None
+    tables = [draft_table(drafter, target, d) for d in documents]
+    stored = read_config(o.drafter)[1].get("tree_depth_bonus")
+    bonus = torch.tensor(stored) if stored else None
+    result = {"drafter": str(o.drafter.name), "block": drafter.config.block, "max_new": o.max_new}
+    found = judge_tables(tables, budgets, bonus)
+    result["offline"] = {name: j.as_dict() for name, j in found.items()}
+    print(render(found))
+    if o.calibrate:
+        fit_on = [draft_table(drafter, target, d) for d in _documents(o, target, layers, "train", 60)]
+        fitted = calibrate.fit_depth_bonus(fit_on or tables, nodes=32)
+        after = judge_tables(tables, budgets, fitted)
+        print(f"fitted tree_depth_bonus {[round(x, 3) for x in fitted.tolist()]}\n{render(after)}")
+        result["calibrated"] = {name: j.as_dict() for name, j in after.items()}
+        gain = after["all"].walks["tree-32"].length - found["all"].walks["tree-32"].length
+        if o.write and gain > 0.005:
+            calibrate.store(o.drafter, fitted)
+            print(f"stored in {o.drafter / 'config.json'} (tree-32 +{gain:.3f})")
+        elif o.write:
+            print(f"not stored: tree-32 changes by {gain:+.3f}")
+    if o.server:
+        if o.prompts is None:
+            raise UserError("--server needs --prompts: a corpus holds tokens, a server wants prompts")
+        length = served.accept_length(o.server, o.prompts, o.max_new, o.limit)
+        result["served"] = length
+        print(f"served accept length {length['accept_length']:.3f} over {length['tokens']} tokens")
+    if o.json_out:
+        o.json_out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def render(found) -> str:
+    """The table a person reads."""
+    policies = list(found["all"].walks)
+    lines = [f"{'':8} {'answers':>7} " + " ".join(f"{p:>8}" for p in policies) + "   recall@1 by position"]
+    for name, j in found.items():
+        cells = " ".join(f"{j.walks[p].length:8.3f}" for p in policies)
+        lines.append(f"{name:8} {j.documents:7} {cells}   " + " ".join(f"{100 * x:.0f}" for x in j.recall[1]))
+    for k in (4, 16):
+        lines.append(f"recall@{k}, all: " + " ".join(f"{100 * x:.0f}" for x in found["all"].recall[k]))
+    return "\n".join(lines)
