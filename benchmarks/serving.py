@@ -39,6 +39,7 @@ from sglang_dflash.client.info import read_server_info
 from sglang_dflash.client.ports import free_port, require_free_port
 from sglang_dflash.client.server import Server
 from sglang_dflash.errors import UserError
+from sglang_dflash.models.cache import make_dir
 from sglang_dflash.models.pair import MODES, Mode, mode_environment
 from sglang_dflash.models.prompts import pick, prompts_file
 
@@ -334,6 +335,7 @@ def make_plan(argv: list[str]) -> Plan:
     deadline = time.monotonic() + 60 * args.minutes
     port = args.port or free_port()
     require_free_port("127.0.0.1", port)
+    make_dir(args.out)
     pair = target.resolve(args)
     prompts = pick(read_prompts(prompts_file()), args.prompts)
     # What makes two measurements comparable; another setup starts anew in the same file.

@@ -35,6 +35,7 @@ from sglang_dflash.client.info import ServerInfo, read_server_info
 from sglang_dflash.client.ports import free_port, require_free_port
 from sglang_dflash.client.server import Server
 from sglang_dflash.errors import UserError
+from sglang_dflash.models.cache import make_dir
 from sglang_dflash.models.pair import MODES, Mode, mode_environment
 from sglang_dflash.models.prompts import pick, prompts_file
 
@@ -147,8 +148,14 @@ def resolve_dtype(info: ServerInfo) -> str:
 def show(plan: Plan, plain: Run, other: Run, verdicts: Sequence[Verdict], console: Console) -> None:
     table = Table(title=f"{Path(plain.info.model_path).name}, greedy, one request at a time")
     table.add_column("prompts")
-    for column in ("plain tokens/s", f"{plan.mode} tokens/s", "ratio", "accept length", "identical outputs"):
-        table.add_column(column, justify="right")
+    for column in (
+        "plain\ntokens/s",
+        f"{plan.mode}\ntokens/s",
+        "ratio",
+        "accept\nlength",
+        "identical\noutputs",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     kinds: list[str | None] = [*dict.fromkeys(prompt.kind for prompt in plan.prompts), None]
     for kind in kinds:
         before, after = tokens_per_second(plain.of_kind(kind)), tokens_per_second(other.of_kind(kind))
@@ -160,7 +167,7 @@ def show(plan: Plan, plain: Run, other: Run, verdicts: Sequence[Verdict], consol
             f"{after:.1f}",
             f"{after / before:.2f}x",
             f"{mean_accept_length(other.of_kind(kind)) or 1:.2f}",
-            f"{same.identical} of {same.total} ({100 * same.identical / same.total:.0f} %)",
+            f"{100 * same.identical / same.total:.0f} %",
             style="bold" if kind is None else "",
             end_section=kind is None or kind == kinds[-2],
         )
@@ -212,6 +219,7 @@ def make_plan(argv: list[str]) -> Plan:
     prompts = pick(read_prompts(args.prompt_file or prompts_file()), args.prompts)
     port = args.port or free_port()
     require_free_port("127.0.0.1", port)
+    make_dir(args.out)
     return Plan(target.resolve(args), args.mode, prompts, args.max_tokens, port, args.out)
 
 

@@ -30,16 +30,14 @@ def models_dir() -> Path:
     return cache_root() / "models"
 
 
-def make_dir(path: Path) -> Path:
-    """Create ``path``; a folder that cannot be made is a :class:`UserError` that names the mend."""
+def make_dir(path: Path, mend: str = "name another folder") -> Path:
+    """Create ``path``; a folder that cannot be made is a :class:`UserError` that says ``mend``."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot create {path}: {error.strerror}; set {CACHE_VARIABLE} to a writable folder"
-        ) from error
+        raise UserError(f"cannot create {path}: {error.strerror}; {mend}") from error
     if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write to {path}; set {CACHE_VARIABLE} to a writable folder")
+        raise UserError(f"cannot write to {path}; {mend}")
     return path
 
 

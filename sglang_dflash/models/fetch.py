@@ -124,7 +124,7 @@ def fetch(
     if not force and why_incomplete(model) is None:
         return final
     cache.need_space(final, model.bytes_needed, model.folder)
-    folder = cache.make_dir(final.parent)
+    folder = cache.make_dir(final.parent, f"set {cache.CACHE_VARIABLE} to a writable folder")
     with cache.writer_lock(folder, on_wait=lambda: report("waiting for another fetch to finish")):
         if not force and why_incomplete(model) is None:
             return final

@@ -97,6 +97,10 @@ def test_a_listening_port_is_not_free() -> None:
     require_free_port("127.0.0.1", free_port())
     with pytest.raises(UserError, match="not a port"):
         require_free_port("127.0.0.1", 70000)
+    with pytest.raises(UserError, match="cannot listen on"):
+        require_free_port("192.0.2.1", port)
+    with pytest.raises(UserError, match="cannot listen on"):
+        require_free_port("no.such.host.invalid", port)
 
 
 def test_urls_are_normalized() -> None:
