@@ -71,5 +71,5 @@ def get_settings() -> Settings:
         first = error.errors()[0]
         name = PREFIX + str(first["loc"][0]).upper()
         raise UserError(
-            f"{name}={os.environ.get(name, '')!r} is not usable: {first['msg'].lower()}; unset it or change it"
+            f"{name}={os.environ.get(name, '')!r} is not usable: {first['msg'].lower()}; unset or change it"
         ) from None

@@ -21,7 +21,10 @@ HANDLE_DFLASH = "sglang.srt.arg_groups.speculative_hook._handle_dflash"
 RESOLVE_ALIAS = "sglang.srt.arg_groups.speculative_hook._resolve_speculative_algorithm_alias"
 ROW_HEADROOM = "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len"
 ALLOC_LENS = "sglang.srt.mem_cache.allocation_sizing.page_aligned_decode_alloc_lens"
-SERVER_INFO = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_speculative"
+SERVER_INFO = (
+    "sglang.srt.managers.scheduler_components.internal_state."
+    "SchedulerInternalStateController._add_speculative"
+)
 
 
 def create_worker(original: Callable, self: Any, server_args: Any) -> Any:

@@ -7,7 +7,7 @@ Mirrors what ``DFlashWorkerV2.forward_batch_generation`` does for a chain (SGLan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from dflash_kernels import Accepted, DraftTree, ancestor_mask, draft_topk, merge_topk
@@ -29,6 +29,9 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 from sglang_dflash.errors import UserError
 from sglang_dflash.worker.accept.sample import SamplingParams
 from sglang_dflash.worker.step import Step, Width
+
+if TYPE_CHECKING:
+    from sglang_dflash.upstream.triton_seam import TreeBuffers
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Bridge:
         if processor is not None:
             processor.defer_verify_gather = False
         _keep_drafter_dtype(self.drafter)
+        self.tree_buffers: TreeBuffers | None = None
 
     # -- set-up -----------------------------------------------------------------
 
@@ -103,12 +107,11 @@ class Bridge:
         """
         from sglang_dflash.platform.attention_backend import CpuAttentionBackend
 
-        backend = self.target.attn_backend
-        if isinstance(backend, CpuAttentionBackend):
+        if isinstance(self.target.attn_backend, CpuAttentionBackend):
             return  # reads tree_mask from the verify input
         from sglang_dflash.upstream.triton_seam import install
 
-        install(backend, width)
+        self.tree_buffers = install(self.target, self.drafter, width)
 
     def target_caches(self) -> list[torch.Tensor]:
         """Every layer's K and V cache, [slots, heads, dim] each.
@@ -258,9 +261,11 @@ class Bridge:
             capture_hidden_mode=CaptureHiddenMode.FULL,
             kv_loc_plan=step.plan,
             kv_loc_cols=slice(0, nodes),
-            tree_mask=None if tree.tokens.is_cuda else ancestor_mask(tree.ancestors, nodes),
+            tree_mask=ancestor_mask(tree.ancestors, nodes) if self.tree_buffers is None else None,
             tree_ancestors=tree.ancestors,
         )
+        if self.tree_buffers is not None:
+            self.tree_buffers.write(tree)
         batch.out_cache_loc = step.slots[:, :nodes].reshape(-1)
         lens, total = batch.seq_lens_cpu, batch.seq_lens_sum
         batch.seq_lens_cpu, batch.seq_lens_sum = self._host_bound(batch, step, nodes)

@@ -32,11 +32,12 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "sglang.srt.plugins.hook_registry.HookRegistry.register": ("target", "hook", "hook_type"),
 }
 
+SERVER_INFO = (
+    "sglang.srt.managers.scheduler_components.internal_state."
+    "SchedulerInternalStateController._add_speculative"
+)
 WORKER: dict[str, tuple[str, ...]] = {
-    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_speculative": (
-        "self",
-        "state",
-    ),
+    SERVER_INFO: ("self", "state"),
     "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.__init__": (
         "self",
         "server_args",

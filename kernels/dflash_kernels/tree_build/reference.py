@@ -122,7 +122,7 @@ def _lay_out(
 
     tokens = anchor.long()[:, None].repeat(1, N + 1)
     candidate = above * topk_ids.shape[2] + rank.view(bs, L * W).gather(1, chosen)
-    tokens.scatter_(1, ids, topk_ids.long().view(bs, -1).gather(1, candidate))
+    tokens.scatter_(1, ids, topk_ids.long().reshape(bs, -1).gather(1, candidate))
     parents = torch.zeros(bs, N + 1, dtype=torch.int64, device=dev).scatter_(1, ids, parent)[:, :N]
     depth = torch.ones(bs, N + 1, dtype=torch.int32, device=dev).scatter_(1, ids, above.int() + 1)
     depth[:, 0] = 0

@@ -1,0 +1,40 @@
+"""The installed SGLang still has what the plugin relies on, by name and parameter."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_dflash.errors import UserError
+from sglang_dflash.plugin import hooks
+from sglang_dflash.upstream import contract
+
+
+def test_light_contract_holds() -> None:
+    assert contract.broken(contract.LIGHT) == []
+
+
+def test_worker_contract_holds() -> None:
+    assert contract.broken(contract.WORKER) == []
+
+
+def test_every_hooked_function_is_under_contract() -> None:
+    assert set(hooks._table()) | {hooks.SERVER_INFO} <= set(contract.LIGHT) | set(contract.WORKER)
+
+
+def test_a_lost_parameter_and_a_lost_name_are_named() -> None:
+    table = {
+        "sglang.srt.mem_cache.allocation_sizing.page_aligned_decode_alloc_lens": ("reqs", "colour"),
+        "sglang.srt.mem_cache.allocation_sizing.no_such_function": (),
+    }
+    first, second = contract.broken(table)
+    assert first.endswith("page_aligned_decode_alloc_lens has no parameter colour")
+    assert "no_such_function is gone" in second
+    with pytest.raises(UserError, match=r"not the release this plugin was made for \(0\.5\.23\)"):
+        contract._raise_if_broken(table)
+
+
+def test_reserve_covers_both_widths() -> None:
+    # The host's length lags by the step in flight; each step writes max(N, B) slots.
+    for nodes in (2, 4, 8, 16, 64):
+        assert hooks.decode_reserve(nodes, 8) == nodes + max(nodes, 8)
+        assert hooks.decode_reserve(nodes, 8) >= 2 * nodes

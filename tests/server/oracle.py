@@ -1,0 +1,47 @@
+"""Candidates from known answers: forces accepted paths through chosen ranks of the tree.
+
+Loaded in the scheduler by ``SGLANG_DFLASH_CANDIDATES=tests.server.oracle:candidates``. The file
+named by ``DFLASH_TEST_ORACLE`` maps a prompt's ids (joined by spaces) to plain decoding's output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from typing import Any
+
+import torch
+
+from sglang_dflash.worker.draft import Candidates
+from sglang_dflash.worker.step import Step
+
+
+@cache
+def _answers() -> dict[str, list[int]]:
+    with open(os.environ["DFLASH_TEST_ORACLE"]) as stream:
+        return json.load(stream)
+
+
+def candidates(drafted: Candidates, step: Step, batch: Any) -> Candidates:
+    """The right token at depth d has rank 1 where (position + d) % 3 is 0, else rank 0.
+
+    Every third depth the accepted path therefore leaves the spine; from there on it can only go on
+    through non-spine nodes, whose KV rows have to move. Two of the other candidates are wrong on
+    purpose. Depths past four are wrong, so every step ends inside the tree.
+    """
+    logprobs = torch.full_like(drafted.logprobs, -1e4)
+    ids = drafted.ids.clone()
+    for row, req in enumerate(batch.reqs):
+        answer = _answers().get(" ".join(map(str, req.origin_input_ids)), [])
+        # Tokens already committed, the anchor included; the host's own list lags under overlap.
+        done = int(step.prefix_lens[row]) + 1 - len(req.origin_input_ids)
+        for depth in range(ids.shape[1]):
+            position = done + depth
+            right = answer[position] if position < len(answer) and depth < 4 else None
+            wrong = [token for token in (7, 11, 13) if token != right]
+            rank = 1 if position % 3 == 0 else 0
+            order = wrong[:2] if right is None else [*wrong[:rank], right, *wrong[rank:2]]
+            ids[row, depth, : len(order)] = torch.tensor(order)
+            logprobs[row, depth, : len(order)] = -0.3 * torch.arange(1, len(order) + 1)
+    return Candidates(logprobs, ids)

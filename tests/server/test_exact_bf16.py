@@ -1,0 +1,168 @@
+"""The embedded pair in bf16: plain decoding, draft trees, a top-1 tree and SGLang's own chain.
+
+One plain server answers for all of them (four servers in this module, at most two alive).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_dflash.client.exact import ServerOracle, Tally, Verdict, judge, tally
+from tests.server.support import Client, Request, chat_requests, dflash_args, embedded_args
+
+pytestmark = pytest.mark.server
+
+BATCHES = (1, 4, 8)
+NEW_TOKENS = 48
+PROMPTS = 102
+LOGPROB_PROMPTS = 6
+
+
+@dataclass
+class Plain:
+    client: Client
+    oracle: ServerOracle
+    requests: list[Request]
+    outputs: list[list[int]]
+
+
+def split(items: list[Any]) -> list[tuple[int, list[Any]]]:
+    """A third of the items for each batch size."""
+    third = len(items) // len(BATCHES)
+    return [(batch, items[i * third : (i + 1) * third]) for i, batch in enumerate(BATCHES)]
+
+
+def run(client: Client, requests: list[Request]) -> list[dict[str, Any]]:
+    return [reply for batch, part in split(requests) for reply in client.generate(part, batch)]
+
+
+def compare(plain: Plain, replies: list[dict[str, Any]]) -> Tally:
+    verdicts: list[Verdict] = [
+        judge(plain.oracle, request.ids, output, reply["output_ids"], "bfloat16")
+        for request, output, reply in zip(plain.requests, plain.outputs, replies, strict=True)
+    ]
+    counted = tally(verdicts)
+    print(f"\n{counted}")
+    for verdict in verdicts:
+        if verdict.kind != "identical":
+            print(f"  {verdict}")
+    return counted
+
+
+@pytest.fixture(scope="module")
+def plain(launch: Callable[..., Client], target: Path, tokenizer: Any) -> Iterator[Plain]:
+    client = launch("plain", embedded_args(target, "bfloat16"))
+    requests = chat_requests(tokenizer, PROMPTS, NEW_TOKENS)
+    outputs = [reply["output_ids"] for reply in run(client, requests)]
+    oracle = ServerOracle(client.server.url, vocab_size=tokenizer.vocab_size)
+    yield Plain(client, oracle, requests, outputs)
+    oracle.close()
+
+
+class TestTree:
+    @pytest.fixture(scope="class")
+    def tree(self, plain: Plain, target: Path, drafter: Path, tmp_path_factory: Any) -> Iterator[Client]:
+        from sglang_dflash.client.server import Server
+        from tests.server.conftest import PORTS
+
+        log = tmp_path_factory.mktemp("tree") / "tree.log"
+        args = embedded_args(target, "bfloat16", *dflash_args(drafter))
+        with Server(args, port=next(PORTS), log=log) as server:
+            yield Client(server)
+
+    def test_the_tree_worker_serves(self, tree: Client) -> None:
+        marker = tree.info().marker
+        assert marker is not None
+        assert marker.worker == "sglang_dflash.worker.worker.TreeWorker"
+        assert marker.mode == "tree"
+        assert "draft trees on" in tree.server.output()
+        assert "disable_overlap_schedule': False" in tree.server.output()
+
+    def test_outputs_equal_plain_decoding(self, plain: Plain, tree: Client) -> None:
+        replies = run(tree, plain.requests)
+        assert compare(plain, replies).ok
+        drafted = sum(reply["meta_info"]["completion_tokens"] for reply in replies)
+        passes = sum(reply["meta_info"]["spec_verify_ct"] for reply in replies)
+        print(f"accept length {drafted / passes:.3f} over {drafted} tokens")
+        assert drafted / passes > 1.2
+
+    def test_radix_cache_hits_change_nothing(self, plain: Plain, tree: Client) -> None:
+        replies = tree.generate(plain.requests[:12], 4)
+        assert all(reply["meta_info"]["cached_tokens"] > 0 for reply in replies)
+        part = Plain(plain.client, plain.oracle, plain.requests[:12], plain.outputs[:12])
+        assert compare(part, replies).ok
+
+    def test_logprobs_equal_plain_decoding(self, plain: Plain, tree: Client) -> None:
+        worst = 0.0
+        for request in plain.requests[:LOGPROB_PROMPTS]:
+            body = {
+                "input_ids": list(request.ids),
+                "sampling_params": {"temperature": 0, "max_new_tokens": 24},
+                "return_logprob": True,
+                "top_logprobs_num": 2,
+            }
+            want, got = plain.client.post(**body), tree.post(**body)
+            for left, right in zip(
+                want["meta_info"]["output_token_logprobs"],
+                got["meta_info"]["output_token_logprobs"],
+                strict=True,
+            ):
+                if left[1] != right[1]:
+                    break  # a near-tie, judged above: different texts from here on
+                worst = max(worst, abs(left[0] - right[0]))
+            assert len(got["meta_info"]["output_top_logprobs"]) == len(got["output_ids"])
+        print(f"largest log-probability difference {worst:.4f}")
+        assert worst < 0.15
+
+    def test_sampling_and_greedy_in_one_batch(self, plain: Plain, tree: Client) -> None:
+        requests = plain.requests[:4]
+        greedy = tree.generate(requests, 1)
+        hot = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "min_p": 0.01}
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(2) as pool:
+            cold_job = pool.submit(tree.generate, requests, 2)
+            hot_job = pool.submit(tree.generate, requests, 2, **hot)
+            cold, sampled = cold_job.result(), hot_job.result()
+        part = Plain(plain.client, plain.oracle, requests, [reply["output_ids"] for reply in greedy])
+        assert compare(part, cold).ok
+        assert any(a["output_ids"] != b["output_ids"] for a, b in zip(greedy, sampled, strict=True))
+
+
+class TestChain:
+    """A tree of the top-1 path alone is the chain: same tokens, same steps."""
+
+    COUNT = 12
+
+    def serve(
+        self, folder: Path, name: str, target: Path, drafter: Path, requests: list[Request], **env: str | None
+    ) -> tuple[str, list[dict[str, Any]]]:
+        from sglang_dflash.client.server import Server
+        from tests.server.conftest import PORTS
+
+        args = embedded_args(target, "bfloat16", *dflash_args(drafter, 8))
+        with ExitStack() as stack:
+            server = stack.enter_context(Server(args, port=next(PORTS), log=folder / f"{name}.log", env=env))
+            client = Client(server)
+            return server.output(), client.generate(requests, 1)
+
+    def test_top1_tree_is_the_builtin_chain(
+        self, plain: Plain, target: Path, drafter: Path, tmp_path: Path
+    ) -> None:
+        requests = plain.requests[: self.COUNT]
+        # Without our general plugin, the built-in worker serves on our CPU platform.
+        log, chain = self.serve(tmp_path, "chain", target, drafter, requests, SGLANG_PLUGINS="dflash_cpu")
+        assert "draft trees on" not in log
+        log, tree = self.serve(tmp_path, "top1", target, drafter, requests, SGLANG_DFLASH_TOP_K="1")
+        assert "draft trees on. nodes=8 block=8" in log
+        for left, right in zip(chain, tree, strict=True):
+            assert left["output_ids"] == right["output_ids"]
+            assert left["meta_info"]["spec_verify_ct"] == right["meta_info"]["spec_verify_ct"]
+        part = Plain(plain.client, plain.oracle, requests, plain.outputs[: self.COUNT])
+        assert compare(part, tree).ok

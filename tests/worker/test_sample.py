@@ -1,0 +1,125 @@
+"""Sampling a tree emits the target's distribution, token by token, off-spine paths included."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from dflash_kernels import accept_tree, build_tree
+
+from sglang_dflash.worker.accept.sample import SamplingParams, filtered_probs, sample_nodes
+
+VOCAB = 6
+
+
+def params(
+    rows: int, *, temperature: float = 1.0, top_k: int = 1 << 30, top_p: float = 1.0, min_p: float = 0.0
+):
+    return SamplingParams(
+        torch.full((rows,), temperature),
+        torch.full((rows,), top_k, dtype=torch.int32),
+        torch.full((rows,), top_p),
+        torch.full((rows,), min_p),
+        all_greedy=top_k == 1,
+        any_top_k=top_k < VOCAB,
+        any_top_p=top_p < 1.0,
+        any_min_p=min_p > 0.0,
+    )
+
+
+def reference(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> torch.Tensor:
+    """One row, written as the words say it."""
+    probs = torch.softmax(logits.double() / temperature, 0)
+    order = sorted(range(VOCAB), key=lambda token: -float(probs[token]))
+    out, before = torch.zeros(VOCAB, dtype=torch.float64), 0.0
+    for rank, token in enumerate(order):
+        kept = rank < top_k and before <= top_p and probs[token] >= probs[order[0]] * min_p
+        if kept:
+            out[token] = probs[token]
+        before += float(probs[token])
+    return out / out.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [2, 4, VOCAB])
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("min_p", [0.0, 0.2])
+def test_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    logits = torch.randn(5, VOCAB)
+    got = filtered_probs(logits, params(5, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
+    got = got / got.sum(-1, keepdim=True)
+    for row in range(5):
+        want = reference(logits[row], temperature, top_k, top_p, min_p)
+        torch.testing.assert_close(got[row].double(), want, atol=1e-6, rtol=1e-5)
+
+
+def test_greedy_rows_in_a_sampled_batch() -> None:
+    logits = torch.randn(64, VOCAB)
+    mixed = params(64)
+    mixed.top_k[::2] = 1
+    mixed.any_top_k = True
+    got = sample_nodes(logits, mixed)
+    assert torch.equal(got[::2], logits.argmax(-1)[::2])
+    assert not torch.equal(got[1::2], logits.argmax(-1)[1::2])
+
+
+def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    expected = probs * counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_emitted_tokens_follow_the_target_at_every_depth(top_p: float) -> None:
+    """An order-2 Markov target; every prefix of depth 1..4 must occur as often as the target says.
+
+    The tree covers likely and unlikely branches, so most accepted paths leave the spine.
+    """
+    torch.manual_seed(7)
+    runs, nodes, depth, top = 40_000, 12, 3, 2
+    transition = torch.randn(VOCAB, VOCAB) * 1.2
+    one = params(1, top_p=top_p)
+    chance = torch.stack([filtered_probs(transition[i : i + 1], one)[0] for i in range(VOCAB)])
+    chance = chance / chance.sum(-1, keepdim=True)
+
+    drafted = torch.log_softmax(torch.randn(1, depth, VOCAB), -1).topk(top)
+    anchor = torch.zeros(runs, dtype=torch.int64)
+    tree = build_tree(
+        anchor,
+        drafted.values.expand(runs, -1, -1).contiguous(),
+        drafted.indices.expand(runs, -1, -1).contiguous(),
+        num_nodes=nodes,
+    )
+    logits = transition[tree.tokens]
+    chosen = sample_nodes(logits.view(-1, VOCAB), params(runs, top_p=top_p).per_node(nodes)).view(runs, nodes)
+    accepted = accept_tree(tree, chosen, torch.zeros(runs, dtype=torch.int64), max_depth=depth)
+    assert (accepted.path.clamp(min=0).max(1).values > depth).any(), "no path left the spine"
+
+    # A run that accepted a tokens says nothing of depth a + 1: continue it from the target itself.
+    tokens = accepted.out_tokens.clone()
+    for d in range(depth + 1):
+        previous = anchor if d == 0 else tokens[:, d - 1]
+        fresh = torch.multinomial(chance[previous], 1)[:, 0]
+        tokens[:, d] = torch.where(accepted.accept_lens > d, tokens[:, d], fresh)
+    for d in range(1, depth + 2):
+        prefixes = list(itertools.product(range(VOCAB), repeat=d))
+        codes = sum(tokens[:, i] * VOCAB ** (d - 1 - i) for i in range(d))
+        counts = torch.bincount(codes, minlength=len(prefixes)).double()
+        probs = torch.ones(1, dtype=torch.float64)
+        table = chance.double()
+        probs = table[0].clone()
+        for _ in range(d - 1):
+            probs = (probs.view(-1, 1) * table[torch.arange(probs.numel()) % VOCAB]).reshape(-1)
+        possible = probs > 0
+        assert counts[~possible].sum() == 0, "a filtered token was emitted"
+        # Bins with few expected counts are pooled, as the chi-square approximation asks.
+        large = possible & (probs * runs >= 8)
+        pooled_counts = torch.cat([counts[large], counts[possible & ~large].sum()[None]])
+        pooled_probs = torch.cat([probs[large], probs[possible & ~large].sum()[None]])
+        keep = pooled_probs * runs >= 8
+        statistic = chi_square(pooled_counts[keep], pooled_probs[keep])
+        freedom = int(keep.sum()) - 1
+        # 5 sigma of the chi-square's normal approximation.
+        assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 5, (d, statistic, freedom)
