@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
@@ -13,8 +13,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Shared memory a block may opt in to.
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+# Shared memory in bytes: what one block may opt in to, and what a multiprocessor has (each block takes 1 KiB
+# more). CUDA C++ programming guide, table of compute capabilities.
+SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+REGISTERS_PER_SM = 65_536
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Resources:
     spill_bytes: int
     shared: int
     opcodes: frozenset[str]
+
+    def per_sm(self, arch: int, warps: int) -> int:
+        """Programs that fit one multiprocessor."""
+        per_thread = -(-self.registers // 8) * 8
+        return min(REGISTERS_PER_SM // (per_thread * 32 * warps), SHARED_PER_SM[arch] // (self.shared + 1024))
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Spec:
     constants: dict[str, object]
     options: dict[str, int]
     tensor_core: bool = False
-    unaligned: frozenset[str] = field(default_factory=frozenset)
+    per_sm: int | None = None  # programs the launch plan counts on per multiprocessor
 
 
 def compile_spec(spec: Spec) -> Resources:
@@ -50,7 +58,7 @@ def compile_spec(spec: Spec) -> Resources:
             signature[name] = "constexpr"
             continue
         signature[name] = spec.types[name]
-        if (spec.types[name].startswith("*") or name.startswith("stride")) and name not in spec.unaligned:
+        if spec.types[name].startswith("*") or name.startswith("stride"):
             attrs[(i,)] = [["tt.divisibility", 16]]
     constants = {(names.index(n),): v for n, v in spec.constants.items()}
     compiled = triton.compile(

@@ -15,7 +15,8 @@ import triton.language as tl
 from dflash_kernels._dispatch import interpreting
 from dflash_kernels.tree_attn.configs import sm_count
 
-BLOCK_V = 128
+BLOCK_V, BLOCK_H = 128, 64
+WARPS, STAGES = 4, 4
 _MERGE_CHUNK = 1024
 
 
@@ -158,9 +159,9 @@ def draft_topk_triton(
     head_topk_kernel[(row_blocks, spans)](
         hidden, head_weight, keys, partial[0], partial[1], T, V, H, tiles_per_span, float(logit_cap),
         hidden.stride(0), head_weight.stride(0),
-        SPANS=spans, KP=KP, BT=BT, BV=BLOCK_V, BH=64, HAS_CAP=logit_cap > 0,
+        SPANS=spans, KP=KP, BT=BT, BV=BLOCK_V, BH=BLOCK_H, HAS_CAP=logit_cap > 0,
         PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32", UPCAST=interpreting(),
-        num_warps=4, num_stages=4,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     values = torch.empty(T, k, dtype=torch.float32, device=device)
     ids = torch.empty(T, k, dtype=torch.int64, device=device)

@@ -19,7 +19,7 @@ _TILE_BYTES = 32 * 1024
 @triton.jit
 def compact_kv_kernel(
     base_ptr,
-    stride_ptr,
+    row_stride_ptr,
     width_ptr,
     slots_ptr,
     path_ptr,
@@ -41,7 +41,7 @@ def compact_kv_kernel(
     if tl.sum(live.to(tl.int32), axis=0) > 0:
         width = tl.load(width_ptr + cache)
         col = tl.program_id(2) * TILE + tl.arange(0, TILE)
-        stride = tl.load(stride_ptr + cache)
+        stride = tl.load(row_stride_ptr + cache)
         base = tl.load(base_ptr + cache).to(tl.pointer_type(ELEM))
         src = tl.load(slots_ptr + b * stride_slots + node, mask=live, other=0).to(tl.int64)
         dst = tl.load(slots_ptr + b * stride_slots + depth, mask=live, other=0).to(tl.int64)
