@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"error: no command {args[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"sglang_dflash.cli.{COMMANDS[args[0]][0]}")
     try:
+        module = importlib.import_module(f"sglang_dflash.cli.{COMMANDS[args[0]][0]}")
         return int(module.main(args[1:]) or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

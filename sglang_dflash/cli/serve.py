@@ -24,7 +24,7 @@ from pathlib import Path
 from sglang_dflash.cli.fetch import fetch_with_progress
 from sglang_dflash.client import flags
 from sglang_dflash.client.ports import require_free_port
-from sglang_dflash.client.server import LAUNCH, wait_ready
+from sglang_dflash.client.server import wait_ready
 from sglang_dflash.errors import UserError
 from sglang_dflash.models.pair import (
     MODE_VARIABLE,
@@ -162,4 +162,4 @@ def main(argv: list[str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     _watch(f"http://{reachable}:{port}", name)
-    os.execv(LAUNCH[0], [*LAUNCH, *command])
+    os.execv(sys.executable, [sys.executable, "-m", "sglang_dflash.cli.launch", *command])
