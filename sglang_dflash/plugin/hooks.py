@@ -21,6 +21,7 @@ HANDLE_DFLASH = "sglang.srt.arg_groups.speculative_hook._handle_dflash"
 RESOLVE_ALIAS = "sglang.srt.arg_groups.speculative_hook._resolve_speculative_algorithm_alias"
 ROW_HEADROOM = "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len"
 ALLOC_LENS = "sglang.srt.mem_cache.allocation_sizing.page_aligned_decode_alloc_lens"
+DECODE_RESERVE = "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode"
 SERVER_INFO = (
     "sglang.srt.managers.scheduler_components.internal_state."
     "SchedulerInternalStateController._add_speculative"
@@ -104,6 +105,14 @@ def row_headroom(original: Callable) -> int:
     return max(extra, 4 + reserve + get_alloc_page_size() - 1)
 
 
+def decode_reserve_per_request(original: Callable) -> int:
+    """AROUND ``get_alloc_reserve_per_decode``: the scheduler checks for the room that is then taken."""
+    spec = _tree_spec()
+    if spec is None:
+        return original()
+    return max(original(), decode_reserve(int(spec.speculative_num_draft_tokens), block_size_of(spec)))
+
+
 def alloc_lens(original: Callable, reqs: Any, *, reserve: int, page_size: int) -> Any:
     """AROUND ``page_aligned_decode_alloc_lens``: the reserve of one decode step (see decode_reserve)."""
     spec = _tree_spec()
@@ -134,6 +143,7 @@ def _table() -> dict[str, tuple[Callable, Any]]:
         HANDLE_DFLASH: (handle_dflash, HookType.AROUND),
         RESOLVE_ALIAS: (resolve_alias, HookType.AROUND),
         ROW_HEADROOM: (row_headroom, HookType.AROUND),
+        DECODE_RESERVE: (decode_reserve_per_request, HookType.AROUND),
         ALLOC_LENS: (alloc_lens, HookType.AROUND),
     }
 

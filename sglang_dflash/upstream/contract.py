@@ -24,6 +24,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "sglang.srt.arg_groups.overrides.resolving_view": ("server_args",),
     "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len": (),
     "sglang.srt.mem_cache.allocation_sizing.get_alloc_page_size": (),
+    "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode": (),
     "sglang.srt.mem_cache.allocation_sizing.page_aligned_decode_alloc_lens": (
         "reqs",
         "reserve",

@@ -1,33 +1,91 @@
-"""float32 has no near-ties: every output must equal plain decoding's, token for token."""
+"""float32 has no near-ties: every output must equal plain decoding's, token for token.
+
+The same tree server's drafter is compared with z-lab's reference implementation.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.server.support import Client, chat_requests, dflash_args, embedded_args
+from tests.server.support import ROOT, Client, chat_requests, dflash_args, embedded_args
 
 pytestmark = pytest.mark.server
 
 PROMPTS = 12
 NEW_TOKENS = 40
+STEPS_COMPARED = 12
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_outputs_are_identical(batch: int, servers: tuple[Client, Client], tokenizer: Any) -> None:
-    plain, tree = servers
-    requests = chat_requests(tokenizer, PROMPTS, NEW_TOKENS)
-    requests = requests[: PROMPTS // 2] if batch == 1 else requests[PROMPTS // 2 :]
-    want = [reply["output_ids"] for reply in plain.generate(requests, batch)]
-    got = [reply["output_ids"] for reply in tree.generate(requests, batch)]
-    assert got == want
+@dataclass
+class Pair:
+    plain: Client
+    tree: Client
+    tap: Path
 
 
 @pytest.fixture(scope="module")
-def servers(launch: Callable[..., Client], target: Path, drafter: Path) -> tuple[Client, Client]:
+def pair(launch: Callable[..., Client], target: Path, drafter: Path, tmp_path_factory: Any) -> Pair:
+    tap = tmp_path_factory.mktemp("tap")
     plain = launch("plain32", embedded_args(target, "float32"))
-    tree = launch("tree32", embedded_args(target, "float32", *dflash_args(drafter, 16)))
-    return plain, tree
+    tree = launch(
+        "tree32",
+        embedded_args(target, "float32", *dflash_args(drafter, 16)),
+        SGLANG_DFLASH_CANDIDATES="tests.server.tap:candidates",
+        DFLASH_TEST_TAP=str(tap),
+        PYTHONPATH=str(ROOT),
+    )
+    return Pair(plain, tree, tap)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_outputs_are_identical(batch: int, pair: Pair, tokenizer: Any) -> None:
+    requests = chat_requests(tokenizer, PROMPTS, NEW_TOKENS)
+    requests = requests[: PROMPTS // 2] if batch == 1 else requests[PROMPTS // 2 :]
+    want = [reply["output_ids"] for reply in pair.plain.generate(requests, batch)]
+    got = [reply["output_ids"] for reply in pair.tree.generate(requests, batch)]
+    assert got == want
+
+
+def test_served_drafter_equals_the_reference(pair: Pair, target: Path, drafter: Path, tokenizer: Any) -> None:
+    """Top-K log-probabilities from the server against ``dflash==0.1.0`` on Hugging Face's target."""
+    from transformers import AutoModelForCausalLM
+
+    reference = pytest.importorskip("dflash.model", reason="make test installs dflash==0.1.0")
+    requests = chat_requests(tokenizer, PROMPTS, NEW_TOKENS)
+    answer = pair.tree.generate(requests[:1], 1)[0]["output_ids"]
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    stock = reference.DFlashDraftModel.from_pretrained(drafter, dtype=torch.float32)
+    text = torch.tensor([list(requests[0].ids) + answer])
+    with torch.inference_mode():
+        hidden = model(text, output_hidden_states=True).hidden_states
+    features = torch.cat([hidden[layer + 1] for layer in stock.target_layer_ids], dim=-1)
+
+    compared, worst = 0, 0.0
+    for file in sorted(pair.tap.iterdir()):
+        record = torch.load(file, weights_only=True)
+        start = record["prefix"]
+        if record["prompt"] != list(requests[0].ids) or compared == STEPS_COMPARED:
+            continue
+        assert record["anchor"] == int(text[0, start])
+        block = torch.full((1, stock.block_size), stock.mask_token_id)
+        block[0, 0] = record["anchor"]
+        with torch.inference_mode():
+            states = stock(
+                target_hidden=features[:, :start],
+                noise_embedding=model.get_input_embeddings()(block),
+                position_ids=torch.arange(start + stock.block_size)[None],
+            )[0, 1:]
+            logprobs = torch.log_softmax(model.lm_head(states), -1)
+        expected = logprobs.gather(1, record["ids"])
+        assert torch.equal(record["ids"][:, 0], logprobs.argmax(-1))
+        worst = max(worst, float((expected - record["logprobs"]).abs().max()))
+        compared += 1
+    print(f"{compared} steps, largest difference {worst:.2e}")
+    assert compared == STEPS_COMPARED
+    assert worst < 2e-3
