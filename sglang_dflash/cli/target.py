@@ -81,6 +81,7 @@ def one_thread_count() -> str:
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given:
         return given
-    from sglang_dflash.platform.threads import free_threads, usable_cores
+    from sglang_dflash.platform.threads import allowed_cpus, busy_cores, free_threads, usable_cores
 
-    return str(free_threads(usable_cores(), os.getloadavg()[0]))
+    cpus = allowed_cpus()
+    return str(free_threads(usable_cores(len(cpus)), busy_cores(cpus)))
