@@ -37,7 +37,9 @@ class EvalOptions(BaseSettings):
     write: bool = Field(False, description="with --calibrate: store it in the drafter's config if it helps")
     server: str | None = Field(None, description="base URL of a running server to compare with")
     json_out: Path | None = Field(None, description="write the numbers here")
-    features_dir: Path | None = Field(None, description="feature cache; default <cache>/features/<corpus name>")
+    features_dir: Path | None = Field(
+        None, description="feature cache; default <cache>/features/<corpus name>"
+    )
     seed: int = 0
     threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
 
@@ -49,7 +51,9 @@ def _documents(o: EvalOptions, target, layers: tuple[int, ...], split: str = "he
     documents = []
     for folder in o.corpus:
         writer = FeatureWriter(o.features_dir or CACHE / "features" / folder.name, target, layers)
-        documents += batches.load_documents([folder], split, writer, limit or None, greedy_only=split == "train")
+        documents += batches.load_documents(
+            [folder], split, writer, limit or None, greedy_only=split == "train"
+        )
     return documents
 
 

@@ -17,6 +17,11 @@ from sglang_dflash.cli.data import CACHE, TARGET
 from sglang_dflash.errors import UserError
 
 logger = logging.getLogger("sglang_dflash.train")
+# Options that are settings of the loop under the same name.
+SHARED = (
+    *("minutes", "steps", "optimizer", "rate", "warmup", "rows", "anchors", "accumulate", "weight_decay"),
+    *("clip", "negatives", "complementary", "seed", "eval_every", "save_every"),
+)
 
 
 class TrainOptions(BaseSettings):
@@ -44,7 +49,9 @@ class TrainOptions(BaseSettings):
         "", description="start from these target layers, e.g. 25,26,27,28,29; 'none': random"
     )
 
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: orthogonalised updates of matrices")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonalised updates of matrices"
+    )
     rate: float = Field(6e-4, gt=0, description="peak learning rate (cosine)")
     warmup: float = Field(0.04, ge=0, lt=1, description="share of the run that warms up")
     rows: int = Field(16, ge=1, description="documents a micro-batch")
@@ -160,7 +167,8 @@ def main(argv: list[str]) -> int:
     o.out.mkdir(parents=True, exist_ok=True)
 
     excluded = batches.excluded_hashes(o.exclude)
-    train, held = [], []
+    train: list[batches.Document] = []
+    held: list[batches.Document] = []
     for folder in o.corpus:
         place = o.features_dir or CACHE / "features" / folder.name
         writer = FeatureWriter(place, target, drafter.config.target_layers)
@@ -173,12 +181,11 @@ def main(argv: list[str]) -> int:
 
     how = o.attention if o.attention != "auto" else ("flex" if device.startswith("cuda") else "split")
     settings = TrainSettings(
-        minutes=o.minutes, steps=o.steps, optimizer=o.optimizer, rate=o.rate, warmup=o.warmup, rows=o.rows, anchors=o.anchors,
-        accumulate=o.accumulate, weight_decay=o.weight_decay, clip=o.clip,
         loss=LossSettings(gamma=o.gamma, kl=o.kl, tree=o.tree, confidence=o.confidence),
-        negatives=o.negatives, complementary=o.complementary, schedule=_schedule(o.schedule), seed=o.seed,
-        eval_every=o.eval_every, save_every=o.save_every, how=how,
-    )  # fmt: skip
+        schedule=_schedule(o.schedule),
+        how=how,
+        **{name: getattr(o, name) for name in SHARED},
+    )
     view = report.View(o.out, settings)
     trainer = Trainer(drafter, target, train, held, settings, o.out, view.observe)
     if trainer.resume():

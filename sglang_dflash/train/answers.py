@@ -31,7 +31,9 @@ def answer_prompts(
         kinds = sorted({kind for kind, _ in rows})
         each = -(-limit // len(kinds))
         rows = [r for kind in kinds for r in [r for r in rows if r[0] == kind][:each]][:limit]
-    jobs = [Job(chat.prompt_ids(text), temperature, max_new, (i, kind)) for i, (kind, text) in enumerate(rows)]
+    jobs = [
+        Job(chat.prompt_ids(text), temperature, max_new, (i, kind)) for i, (kind, text) in enumerate(rows)
+    ]
     longest = max(len(job.prompt) for job in jobs)
     width = min(32, -(-len(jobs) // 2))
     waiting = list(jobs)
@@ -41,10 +43,17 @@ def answer_prompts(
         return taken
 
     generator = Generator(
-        target, chat.stop_ids(), groups=2, width=width, max_len=longest + max_new + 1, features=features, seed=seed
+        target,
+        chat.stop_ids(),
+        groups=2,
+        width=width,
+        max_len=longest + max_new + 1,
+        features=features,
+        seed=seed,
     )
     out = {}
     for done in generator.run(source):
+        assert isinstance(done.job.tag, tuple)
         index, kind = done.job.tag
         if len(done.tokens) - len(done.job.prompt) >= 2:
             tokens = torch.tensor(done.tokens)

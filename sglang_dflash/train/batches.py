@@ -13,7 +13,6 @@ from sglang_dflash.train import corpus
 from sglang_dflash.train.features import FeatureWriter
 from sglang_dflash.train.masks import Layout
 from sglang_dflash.train.prompts import family, prompt_hash
-from sglang_dflash.train.target import DenseTarget
 
 
 @dataclass
@@ -163,7 +162,12 @@ class Sampler:
     """Documents of each step (a new order every epoch) and their random anchors."""
 
     def __init__(self, documents: list[Document], rows: int, anchors: int, seed: int) -> None:
-        self.documents, self.rows, self.anchors, self.seed = documents, min(rows, len(documents)), anchors, seed
+        self.documents, self.rows, self.anchors, self.seed = (
+            documents,
+            min(rows, len(documents)),
+            anchors,
+            seed,
+        )
         self.per_epoch = max(1, len(documents) // self.rows)
         self._order: tuple[int, list[np.ndarray]] | None = None
 

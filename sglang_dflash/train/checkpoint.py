@@ -31,7 +31,9 @@ def check_target_layers(layers: tuple[int, ...], depth: int) -> None:
         )
 
 
-def config_for(target: DenseTarget, *, layers: int, block: int, target_layers: tuple[int, ...], mask_token: int):
+def config_for(
+    target: DenseTarget, *, layers: int, block: int, target_layers: tuple[int, ...], mask_token: int
+):
     """A drafter of the target's own width and head shape."""
     check_target_layers(target_layers, target.num_layers)
     return DrafterConfig(
@@ -156,8 +158,10 @@ def load_drafter(folder: Path | str) -> Drafter:
         raise UserError(f"{folder} lacks {len(missing)} weights, first {missing[0]}: not a DFlash drafter")
     wrong = [k for k in wanted if wanted[k].shape != weights[k].shape]
     if wrong:
-        raise UserError(f"{folder}: {wrong[0]} has shape {tuple(weights[wrong[0]].shape)}, "
-                        f"config.json says {tuple(wanted[wrong[0]].shape)}")
+        raise UserError(
+            f"{folder}: {wrong[0]} has shape {tuple(weights[wrong[0]].shape)}, "
+            f"config.json says {tuple(wanted[wrong[0]].shape)}"
+        )
     drafter.load_state_dict({k: weights[k] for k in wanted})
     return drafter
 
@@ -173,7 +177,9 @@ def warm_start(drafter: Drafter, target: DenseTarget, sources: tuple[int, ...], 
     """
     c = drafter.config
     if len(sources) != c.layers or c.hidden != target.hidden or c.head_dim != target.head_dim:
-        raise UserError(f"--warm-layers names {len(sources)} layers for a drafter of {c.layers}, or widths differ")
+        raise UserError(
+            f"--warm-layers names {len(sources)} layers for a drafter of {c.layers}, or widths differ"
+        )
     stats = _qk_rms(target, tokens)
     for layer, source in zip(drafter.layers, sources, strict=True):
         t = target.layers[source]
@@ -186,8 +192,12 @@ def warm_start(drafter: Drafter, target: DenseTarget, sources: tuple[int, ...], 
             p.weight.copy_(w)
         layer.input_layernorm.weight.copy_(t.input_norm)
         layer.post_attention_layernorm.weight.copy_(t.post_norm)
-        attn.q_norm.weight.copy_(t.q_norm if t.q_norm is not None else torch.full_like(attn.q_norm.weight, stats[source][0]))
-        attn.k_norm.weight.copy_(t.k_norm if t.k_norm is not None else torch.full_like(attn.k_norm.weight, stats[source][1]))
+        attn.q_norm.weight.copy_(
+            t.q_norm if t.q_norm is not None else torch.full_like(attn.q_norm.weight, stats[source][0])
+        )
+        attn.k_norm.weight.copy_(
+            t.k_norm if t.k_norm is not None else torch.full_like(attn.k_norm.weight, stats[source][1])
+        )
     # Confident wrong guesses are slow to unlearn: start at half the target's logit scale.
     drafter.norm.weight.copy_(target.norm * 0.5)
     n = len(c.target_layers)

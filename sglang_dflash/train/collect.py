@@ -85,7 +85,7 @@ class Collector:
         self.planes: dict[str, list[torch.Tensor]] = {split: [] for split in corpus.SPLITS}
         self.seen: set[int] = set()
         self.tokens = self.records = 0
-        self.next_index = Counter()
+        self.next_index: Counter[str] = Counter()
         self._resume()
         for path in settings.exclude:
             if path.is_file():
@@ -123,7 +123,7 @@ class Collector:
             fresh = list(itertools.islice(self.openers, n))
             if fresh:
                 return [Job(self.chat.opener_ids(o.text), 1.0, 40, o) for o in fresh]
-        jobs = []
+        jobs: list[Job] = []
         while self.ready and len(jobs) < n:
             kind, text = self.ready.popleft()
             ids = self.chat.prompt_ids(text)
@@ -140,10 +140,11 @@ class Collector:
             opener = done.job.tag
             new = done.tokens[len(done.job.prompt) :]
             tail = self.chat.tokenizer.decode(new[:-1] if done.stopped else new)
-            text = clean_turn(opener.text + tail, done.stopped)
-            if text is not None:
-                self.ready.extend(self._fresh([(opener.kind, text)]))
+            turn = clean_turn(opener.text + tail, done.stopped)
+            if turn is not None:
+                self.ready.extend(self._fresh([(opener.kind, turn)]))
             return
+        assert isinstance(done.job.tag, tuple)
         kind, text = done.job.tag
         length = len(done.tokens) - len(done.job.prompt)
         if length < 8:
@@ -181,12 +182,14 @@ class Collector:
             features=s.features, seed=s.seed * 31 + self.next_index["train"],
         )  # fmt: skip
         began, before = clock(), self.tokens
-        for done in generator.run(self._source):
-            self._take(done)
-            rate = (self.tokens - before) / max(clock() - began, 1e-6)
-            report(Progress(self.tokens, s.response_tokens, rate, self.records))
-        for split in corpus.SPLITS:
-            self.flush(split)
+        try:
+            for done in generator.run(self._source):
+                self._take(done)
+                rate = (self.tokens - before) / max(clock() - began, 1e-6)
+                report(Progress(self.tokens, s.response_tokens, rate, self.records))
+        finally:  # also after Ctrl-C: what is answered is kept
+            for split in corpus.SPLITS:
+                self.flush(split)
 
 
 def describe(folder: Path) -> str:

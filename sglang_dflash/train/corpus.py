@@ -67,7 +67,9 @@ def write_atomically(path: Path, write) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space and run again"
+        ) from None
 
 
 def write_shard(path: Path, records: list[Record], vocab: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
 
 from sglang_dflash.train.target import DenseTarget
 
@@ -128,9 +128,7 @@ class Generator:
                         self._start(group, jobs)
                         yield from self._collect(group)
                     break
-            active = [
-                (group, row) for group in self.groups for row, alive in enumerate(group.alive) if alive
-            ]
+            active = [(group, row) for group in self.groups for row, alive in enumerate(group.alive) if alive]
             if not active:
                 if dry:
                     return

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from dflash_kernels import build_tree
+from torch.nn import functional as F
 
 from sglang_dflash.train.batches import Document, build_batch
 from sglang_dflash.train.model import Drafter
@@ -164,7 +165,7 @@ def judge_tables(
         j = Judgement(documents=len(members))
         policies: dict[str, Callable[[Table], torch.Tensor]] = {"chain": chain_accepts}
         for nodes in budgets:
-            policies[f"tree-{nodes}"] = lambda t, nodes=nodes: tree_accepts(t, nodes, depth_bonus)
+            policies[f"tree-{nodes}"] = partial(tree_accepts, nodes=nodes, depth_bonus=depth_bonus)
         for policy, accepts in policies.items():
             walk = j.walks.setdefault(policy, Walk())
             for t in members:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
 
 
 @dataclass
@@ -54,9 +54,7 @@ class LossReport:
     accept: float = 0.0  # mean over blocks of 1 + leading right tokens (random anchors)
 
 
-def restricted_head(
-    head: torch.Tensor, used: torch.Tensor, negatives: int, rng: torch.Generator
-) -> Head:
+def restricted_head(head: torch.Tensor, used: torch.Tensor, negatives: int, rng: torch.Generator) -> Head:
     """A head of the ``used`` ids plus ``negatives`` random others, each standing for its share.
 
     A full head costs more than a drafter layer per token; ids the corpus never holds only

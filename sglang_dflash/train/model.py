@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional as F
 
 from sglang_dflash.train.masks import Layout, block_attention
 
@@ -63,16 +63,18 @@ class Attention(nn.Module):
     def _split(self, x: torch.Tensor, heads: int) -> torch.Tensor:
         return x.unflatten(-1, (heads, self.head_dim))
 
-    def keys_values(self, x: torch.Tensor, rope: Rope, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def keys_values(
+        self, x: torch.Tensor, rope: Rope, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``x`` [..., hidden] -> normed, rotated k and plain v, [..., kv_heads, head_dim]."""
         k = self.k_norm(self._split(self.k_proj(x), self.kv_heads))
         return rope(k, positions), self._split(self.v_proj(x), self.kv_heads)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor, layout: Layout, rope: Rope) -> torch.Tensor:
         q = rope(self.q_norm(self._split(self.q_proj(x), self.heads)), layout.block_positions)
-        block = self.keys_values(x, rope, layout.block_positions)
-        past = self.keys_values(context, rope, layout.context_positions)
-        out = block_attention(q, *past, *block, layout)
+        block_k, block_v = self.keys_values(x, rope, layout.block_positions)
+        past_k, past_v = self.keys_values(context, rope, layout.context_positions)
+        out = block_attention(q, past_k, past_v, block_k, block_v, layout)
         return self.o_proj(out.flatten(-2))
 
 
@@ -106,6 +108,7 @@ class Rope:
     def __init__(self, c: DrafterConfig) -> None:
         self.inverse = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).double() / c.head_dim)
         self.size = 0
+        self.cos = self.sin = torch.empty(0)
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotate ``x`` [..., heads, head_dim] at ``positions`` [...]."""

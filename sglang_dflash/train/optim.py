@@ -66,7 +66,12 @@ class MasterAdamW:
 
 
 # Quintic iterations towards the polar factor, tuned per step (Amsel et al., arXiv 2505.16932).
-_POLAR = ((8.2873, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9486, -2.9089, 0.5518), (3.3184, -2.4885, 0.5100))
+_POLAR = (
+    (8.2873, -23.5959, 17.3004),
+    (4.1071, -2.9478, 0.5448),
+    (3.9486, -2.9089, 0.5518),
+    (3.3184, -2.4885, 0.5100),
+)
 
 
 def orthogonalize(g: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -98,7 +103,9 @@ class MasterMuon(MasterAdamW):
         self.count += 1
         b1, b2 = self.betas
         unbias = math.sqrt(1 - b2**self.count) / (1 - b1**self.count)
-        for p, g, x, m, v, decay in zip(self.params, grads, self.master, self.m, self.v, self.decay, strict=True):
+        for p, g, x, m, v, decay in zip(
+            self.params, grads, self.master, self.m, self.v, self.decay, strict=True
+        ):
             g.mul_(scale)
             if p.ndim == 2:
                 m.lerp_(g, 1 - self.momentum)

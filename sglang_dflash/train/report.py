@@ -7,8 +7,13 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sglang_dflash.train.trainer import Point, TrainSettings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger("sglang_dflash.train")
 
@@ -18,21 +23,28 @@ class View:
 
     def __init__(self, out: Path, settings: TrainSettings) -> None:
         self.settings, self.last, self.smooth = settings, 0.0, [0.0, 0.0]
-        self.bar = None
-        self.board = None
+        self.bar: Progress | None = None
+        self.board: SummaryWriter | None = None
         try:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(out / "tensorboard"))
         except ImportError:
-            logger.info("no tensorboard installed (pip install sglang-dflash[train]): log.jsonl and the PNG only")
+            logger.info(
+                "no tensorboard installed (pip install sglang-dflash[train]): log.jsonl and the PNG only"
+            )
 
     def __enter__(self) -> View:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("train"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("train"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, console=Console(stderr=True))
             self.task = self.bar.add_task("train", total=1.0, text="")
             self.bar.start()
@@ -51,8 +63,11 @@ class View:
 
     def observe(self, p: Point) -> None:
         keep = 0.95 if self.smooth[0] else 0.0
-        self.smooth = [keep * a + (1 - keep) * b for a, b in zip(self.smooth, (p.loss, p.accept), strict=True)]
-        text = f"step {p.step} loss {self.smooth[0]:.3f} accept {self.smooth[1]:.2f} rate {p.rate:.1e} norm {p.norm:.2f}"
+        self.smooth = [
+            keep * a + (1 - keep) * b for a, b in zip(self.smooth, (p.loss, p.accept), strict=True)
+        ]
+        loss, accept = self.smooth
+        text = f"step {p.step} loss {loss:.3f} accept {accept:.2f} rate {p.rate:.1e} norm {p.norm:.2f}"
         if self.board is not None:
             self.board.add_scalar("train/loss", p.loss, p.step)
             self.board.add_scalar("train/accept_random_anchors", p.accept, p.step)
@@ -82,7 +97,8 @@ def plot(out: Path) -> Path:
     window = max(1, len(rows) // 100)
 
     def smooth(values: list[float]) -> list[float]:
-        return [sum(values[max(0, i - window) : i + 1]) / len(values[max(0, i - window) : i + 1]) for i in range(len(values))]
+        parts = [values[max(0, i - window) : i + 1] for i in range(len(values))]
+        return [sum(part) / len(part) for part in parts]
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     axes[0].plot(minutes, smooth([r["loss"] for r in rows]))

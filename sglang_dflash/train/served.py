@@ -34,7 +34,9 @@ def accept_length(base: str, prompts: Path, max_new: int, limit: int = 0) -> dic
             meta = reply.json()["choices"][0].get("meta_info") or {}
             count = int(meta.get("spec_verify_ct") or 0)
             if not count:
-                raise UserError(f"{url} reports no spec_verify_ct: start it with a drafter (sglang-dflash serve)")
+                raise UserError(
+                    f"{url} reports no spec_verify_ct: start it with a drafter (sglang-dflash serve)"
+                )
             tokens += int(meta["completion_tokens"]) - 1
             passes += count
             answers += 1

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
+from torch.nn import functional as F
 
 from sglang_dflash.errors import UserError
 
@@ -92,7 +92,9 @@ class DenseTarget:
         self.eps = float(config.get("rms_norm_eps", 1e-6))
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UserError(f"rotary type {rope.get('rope_type')!r} is not supported for training; use 'default'")
+            raise UserError(
+                f"rotary type {rope.get('rope_type')!r} is not supported for training; use 'default'"
+            )
         self.rope_theta = float(rope.get("rope_theta") or config.get("rope_theta", 10000.0))
         self.max_positions = int(config.get("max_position_embeddings", 8192))
         self.dtype, self.device = dtype, device
@@ -169,7 +171,11 @@ class DenseTarget:
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: torch.Tensor, features: tuple[int, ...] = (), cache: KVCache | None = None, slot: int = 0
+        self,
+        tokens: torch.Tensor,
+        features: tuple[int, ...] = (),
+        cache: KVCache | None = None,
+        slot: int = 0,
     ) -> torch.Tensor:
         """Run whole sequences (right padding is harmless: causal) -> [n, T, planes, hidden].
 
@@ -213,7 +219,9 @@ class DenseTarget:
         out = torch.empty(n, len(features) + 1, self.hidden, dtype=self.dtype, device=self.device)
         x = F.embedding(tokens, self.embed)
         group = self.heads // self.kv_heads
-        q_all = torch.zeros(cache.slots, self.kv_heads, group, self.head_dim, dtype=self.dtype, device=self.device)
+        q_all = torch.zeros(
+            cache.slots, self.kv_heads, group, self.head_dim, dtype=self.dtype, device=self.device
+        )
         attn = torch.zeros_like(q_all)
         lengths = torch.zeros(cache.slots, dtype=torch.long, device=self.device)
         lengths[slots] = positions
@@ -231,7 +239,10 @@ class DenseTarget:
                 # The heads of one KV group are rows of one query: four times as fast on a CPU
                 # as grouped attention over single-row queries.
                 attn[first:past] = F.scaled_dot_product_attention(
-                    q_all[first:past], cache.k[i, first:past, :, :keys], cache.v[i, first:past, :, :keys], mask
+                    q_all[first:past],
+                    cache.k[i, first:past, :, :keys],
+                    cache.v[i, first:past, :, :keys],
+                    mask,
                 )
             x = self._finish(layer, x, attn[slots].reshape(n, -1))
             if i in features:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
 
 from sglang_dflash.errors import UserError
 from sglang_dflash.train import parallel
@@ -259,4 +259,6 @@ class Trainer:
 
 def _comparable(settings: TrainSettings) -> dict:
     """Settings as plain values, without the budget (a longer budget may continue a run)."""
-    return json.loads(json.dumps({k: v for k, v in asdict(settings).items() if k not in ("minutes", "save_every")}))
+    return json.loads(
+        json.dumps({k: v for k, v in asdict(settings).items() if k not in ("minutes", "save_every")})
+    )

@@ -47,13 +47,17 @@ def target_dir(tmp_path_factory) -> Path:
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "tie_word_embeddings": True,
         "max_position_embeddings": 512, "hidden_act": "silu", "dtype": "float32",
     }  # fmt: skip
-    w = {"model.embed_tokens.weight": torch.randn(vocab, hidden) * 0.3, "model.norm.weight": torch.ones(hidden)}
+    w = {
+        "model.embed_tokens.weight": torch.randn(vocab, hidden) * 0.3,
+        "model.norm.weight": torch.ones(hidden),
+    }
     for i in range(depth):
         p = f"model.layers.{i}."
         shapes = {
             "self_attn.q_proj": (heads * dim, hidden), "self_attn.k_proj": (kv * dim, hidden),
             "self_attn.v_proj": (kv * dim, hidden), "self_attn.o_proj": (hidden, heads * dim),
-            "mlp.gate_proj": (inter, hidden), "mlp.up_proj": (inter, hidden), "mlp.down_proj": (hidden, inter),
+            "mlp.gate_proj": (inter, hidden), "mlp.up_proj": (inter, hidden),
+            "mlp.down_proj": (hidden, inter),
         }  # fmt: skip
         w |= {f"{p}{n}.weight": torch.randn(s) * s[1] ** -0.5 for n, s in shapes.items()}
         w |= {f"{p}{n}.weight": torch.ones(hidden) for n in ("input_layernorm", "post_attention_layernorm")}

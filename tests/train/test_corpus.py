@@ -42,7 +42,7 @@ def test_shard_cut_short(tmp_path):
     for keep in (10, path.stat().st_size // 2, path.stat().st_size - 5):
         corpus.write_shard(path, records(False), 49152)
         path.write_bytes(path.read_bytes()[:keep])
-        with pytest.raises(UserError, match="damaged|cut short"):
+        with pytest.raises(UserError, match=r"damaged|cut short"):
             corpus.read_shard(path)
 
 
@@ -101,7 +101,11 @@ def test_openers_are_repeatable_and_mixed():
 
 def test_prompt_files(tmp_path):
     file = tmp_path / "p.jsonl"
-    rows = [{"prompt": "one two"}, {"messages": [{"role": "user", "content": "three"}]}, {"kind": "code", "prompt": "x"}]
+    rows = [
+        {"prompt": "one two"},
+        {"messages": [{"role": "user", "content": "three"}]},
+        {"kind": "code", "prompt": "x"},
+    ]
     file.write_text("\n".join(map(json.dumps, rows)))
     assert [t for _, t in read_prompts(file)] == ["one two", "three", "x"]
     assert excluded_hashes([file]) == {prompt_hash(t) for t in ("one two", "three", "x")}
@@ -109,7 +113,7 @@ def test_prompt_files(tmp_path):
     with pytest.raises(UserError, match="no usable turn"):
         list(read_prompts(file))
     file.write_text("{broken\n")
-    with pytest.raises(UserError, match="p.jsonl:1 is not JSON"):
+    with pytest.raises(UserError, match=r"p\.jsonl:1 is not JSON"):
         list(read_prompts(file))
 
 

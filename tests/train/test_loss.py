@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
 
 from sglang_dflash.train.loss import Head, LossSettings, block_loss, restricted_head
 

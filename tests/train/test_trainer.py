@@ -141,7 +141,14 @@ def test_run_leaves_a_served_drafter_a_log_and_a_picture(corpus_dir, target_dir,
     # Continue from the stock layout, and judge it.
     more = options(corpus_dir, target_dir, tmp_path / "more", init_from=tmp_path / "best", steps=2)
     assert main(["train", *more]) == 0
-    judge = ["--target", str(target_dir), "--drafter", str(tmp_path / "best"), "--corpus", json.dumps([str(corpus_dir)])]
+    judge = [
+        "--target",
+        str(target_dir),
+        "--drafter",
+        str(tmp_path / "best"),
+        "--corpus",
+        json.dumps([str(corpus_dir)]),
+    ]
     judge += ["--features-dir", str(tmp_path / "features"), "--json-out", str(tmp_path / "numbers.json")]
     assert main(["eval", *judge]) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())["offline"]["all"]
