@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from dflash_kernels import Accepted, DraftTree, ancestor_mask, draft_topk, merge_topk
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.lora.layers import unwrap_lora_layer
 from sglang.srt.model_executor.forward_batch_info import (
     CaptureHiddenMode,
@@ -21,13 +22,16 @@ from sglang.srt.model_executor.forward_batch_info import (
 )
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
-from sglang.srt.speculative.dflash_utils import apply_dflash_verify_logits_adjustments, is_dense_head_weight
+from sglang.srt.speculative.dflash_utils import is_dense_head_weight
 from sglang.srt.speculative.dflash_worker_v2 import _resolve_dflash_embedding_module
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
 
 from sglang_dflash.errors import UserError
+from sglang_dflash.upstream.requests import needs_penalties, penalties_of
+from sglang_dflash.worker.accept.penalties import apply_penalties
 from sglang_dflash.worker.accept.sample import SamplingParams
+from sglang_dflash.worker.history import TokenHistory
 from sglang_dflash.worker.step import Step, Width
 
 if TYPE_CHECKING:
@@ -93,6 +97,7 @@ class Bridge:
             processor.defer_verify_gather = False
         _keep_drafter_dtype(self.drafter)
         self.tree_buffers: TreeBuffers | None = None
+        self._history: TokenHistory | None = None
 
     # -- set-up -----------------------------------------------------------------
 
@@ -284,26 +289,65 @@ class Bridge:
         return GrammarTree.from_device(tree.first_child.long(), tree.next_sibling.long(), tree.tokens)
 
     def adjust_logits(
-        self, batch: Any, logits: torch.Tensor, step: Step, grammar: GrammarTree | None, barrier: Any
+        self,
+        batch: Any,
+        logits: torch.Tensor,
+        step: _Window,
+        tree: DraftTree,
+        grammar: GrammarTree | None,
+        barrier: Any,
     ) -> None:
-        """Apply logit bias, custom processors and the grammar to every node's row, in place."""
+        """What a request asks of the logits, at every node, in place and in plain decoding's order:
+        custom processor, penalties, grammar, logit bias."""
+        info = batch.sampling_info
         mask = None
         if grammar is not None:
             mask = build_grammar_vocab_mask(
-                reqs=batch.reqs,
-                tree=grammar,
-                sampling_info=batch.sampling_info,
-                device=logits.device,
-                barrier=barrier,
+                reqs=batch.reqs, tree=grammar, sampling_info=info, device=logits.device, barrier=barrier
             )
-        if batch.sampling_info is not None:
-            apply_dflash_verify_logits_adjustments(
-                next_token_logits=logits,
-                sampling_info=batch.sampling_info,
-                draft_token_num=step.width.nodes,
-            )
+        if info is not None and info.has_custom_logit_processor:
+            apply_custom_logit_processor(logits, info, num_tokens_in_batch=step.width.nodes)
+        if info is not None and needs_penalties(info):
+            self._penalise(batch, logits, step, tree)
         if mask is not None:
             mask.apply(logits)
+        if info is not None and info.logit_bias is not None:
+            bs, nodes = tree.tokens.shape
+            logits.view(bs, nodes, -1).add_(info.logit_bias[:, None, :].to(logits.dtype))
+
+    def _penalise(self, batch: Any, logits: torch.Tensor, step: _Window, tree: DraftTree) -> None:
+        penalties = penalties_of(batch, logits.device)
+        bound, _ = self._host_bound(batch, step, 1)
+        committed = self.history().counts(
+            batch.req_pool_indices,
+            penalties.prompt_lens,
+            step.prefix_lens,
+            min(int(bound.max()), self.history().tokens.shape[1]),
+            logits.shape[-1],
+        )
+        apply_penalties(logits, tree, committed, step.prefix_lens, penalties, depth=step.width.depth)
+
+    def history(self) -> TokenHistory:
+        if self._history is None:
+            table = self.target.req_to_token_pool.req_to_token
+            self._history = TokenHistory(table.shape[0], table.shape[1], table.device)
+        return self._history
+
+    def remember_prefill(self, batch: Any, result: Any) -> None:
+        """Note each request's first token, and after a retraction what it had said before."""
+        if result.next_token_ids is None or batch.forward_mode.is_idle():
+            return
+        history, rows = self.history(), batch.req_pool_indices
+        for row, req in enumerate(batch.reqs):
+            if len(req.output_ids):
+                said = torch.tensor([list(req.output_ids)], device=rows.device)
+                start = torch.tensor([len(req.origin_input_ids)], device=rows.device)
+                history.write(rows[row : row + 1], start, said)
+        history.write(rows, batch.seq_lens, result.next_token_ids.view(-1, 1))
+
+    def remember(self, batch: Any, step: Step, accepted: Accepted) -> None:
+        """Note the step's tokens; they stand behind the anchor, which is already there."""
+        self.history().write(batch.req_pool_indices, step.prefix_lens + 1, accepted.out_tokens)
 
     def sampling_params(self, batch: Any) -> SamplingParams | None:
         info = batch.sampling_info

@@ -114,10 +114,10 @@ WORKER: dict[str, tuple[str, ...]] = {
         "predict",
         "accept_index",
     ),
-    "sglang.srt.speculative.dflash_utils.apply_dflash_verify_logits_adjustments": (
-        "next_token_logits",
-        "sampling_info",
-        "draft_token_num",
+    "sglang.srt.layers.sampler.apply_custom_logit_processor": (
+        "logits",
+        "sampling_batch_info",
+        "num_tokens_in_batch",
     ),
     "sglang.srt.speculative.spec_utils.GrammarTree.from_device": (
         "retrieve_next_token",

@@ -123,12 +123,14 @@ class TreeWorker(DFlashWorkerV2):
             or batch.forward_mode.is_idle()
             or batch.spec_info is None
         ):
-            return super().forward_batch_generation(
+            result = super().forward_batch_generation(
                 batch,
                 on_publish=on_publish,
                 grammar_barrier=grammar_barrier,
                 pp_proxy_tensors=pp_proxy_tensors,
             )
+            self.bridge.remember_prefill(batch, result)
+            return result
         return self._decode(batch, on_publish, grammar_barrier)
 
     def _decode(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> GenerationBatchResult:
@@ -138,12 +140,13 @@ class TreeWorker(DFlashWorkerV2):
         tree = self.tree(candidates, step, batch)
         grammar = self.bridge.start_grammar(batch, tree)
         verified = self.verify(tree, step, batch)
-        self.bridge.adjust_logits(batch, verified.logits, step, grammar, grammar_barrier)
+        self.bridge.adjust_logits(batch, verified.logits, step, tree, grammar, grammar_barrier)
         accepted, chosen = self.accept(verified, tree, step, batch)
         self.bridge.logprobs(batch, verified.raw.logits_output, accepted, chosen)
         if on_publish is not None:
             on_publish(accepted.new_lens)
         self.commit(accepted, verified, step)
+        self.bridge.remember(batch, step, accepted)
 
         return self._result(verified.raw, accepted, step)
 

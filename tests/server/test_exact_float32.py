@@ -32,7 +32,8 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair(launch: Callable[..., Client], target: Path, drafter: Path, tmp_path_factory: Any) -> Pair:
     tap = tmp_path_factory.mktemp("tap")
-    plain = launch("plain32", embedded_args(target, "float32"))
+    # Without overlap, plain decoding's penalties count every token; with it they lag by one.
+    plain = launch("plain32", embedded_args(target, "float32", "--disable-overlap-schedule"))
     tree = launch(
         "tree32",
         embedded_args(target, "float32", *dflash_args(drafter, 16)),
@@ -50,6 +51,26 @@ def test_outputs_are_identical(batch: int, pair: Pair, tokenizer: Any) -> None:
     want = [reply["output_ids"] for reply in pair.plain.generate(requests, batch)]
     got = [reply["output_ids"] for reply in pair.tree.generate(requests, batch)]
     assert got == want
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"frequency_penalty": 0.8},
+        {"presence_penalty": 0.9},
+        {"repetition_penalty": 1.3},
+        {"frequency_penalty": -0.3, "presence_penalty": 0.5, "repetition_penalty": 1.1, "min_new_tokens": 32},
+        {"logit_bias": {"28": 4.0, "253": -100.0}},
+    ],
+    ids=lambda params: "+".join(params),
+)
+def test_penalties_count_every_token_of_a_path(params: dict[str, Any], pair: Pair, tokenizer: Any) -> None:
+    requests = chat_requests(tokenizer, 16, 36)[12:]
+    base = [reply["output_ids"] for reply in pair.plain.generate(requests, 4)]
+    want = [reply["output_ids"] for reply in pair.plain.generate(requests, 4, **params)]
+    got = [reply["output_ids"] for reply in pair.tree.generate(requests, 4, **params)]
+    assert got == want
+    assert want != base, "the penalty changed nothing; the test proves nothing"
 
 
 def test_served_drafter_equals_the_reference(pair: Pair, target: Path, drafter: Path, tokenizer: Any) -> None:
