@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+#: Padded keys, over all requests of a batch, that are not worth a second set of operators.
+PADDING_ALLOWED = 4096
 KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,22 +75,36 @@ class CpuAttentionBackend(AttentionBackend):
         tree: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> list[Segment]:
-        """One padded segment for a batch in which every request has ``width`` query rows."""
-        table = self.req_to_token_pool.req_to_token
-        longest = max(int(prefix_lens.max()) + width, MIN_KEYS)
-        slots = table[:, :longest].index_select(0, forward_batch.req_pool_indices.long()).long()
-        columns = torch.arange(longest)
-        slots.masked_fill_(columns >= (prefix_lens + width).unsqueeze(1), 0)
-        segment = Segment(
-            rows=slice(0, slots.shape[0] * width),
-            width=width,
-            slots=slots,
-            prefix_lens=prefix_lens,
-            tree=tree,
-            positions=None if tree is None or positions is None else positions.view(-1, width).long(),
-            first_slot=_first_of_run(slots),
-        )
-        return [segment]
+        """One padded segment for a batch in which every request has ``width`` query rows.
+
+        Batches of very different lengths are split, so that padding at most doubles them.
+        """
+        order = forward_batch.req_pool_indices.long()
+        lens = prefix_lens + width
+        padded = int(lens.max()) * lens.shape[0]
+        if padded > 2 * int(lens.sum()) + PADDING_ALLOWED:
+            parts = [slice(i, i + 1) for i in range(lens.shape[0])]
+        else:
+            parts = [slice(0, lens.shape[0])]
+        if tree is not None and positions is not None:
+            positions = positions.view(-1, width).long()
+        segments = []
+        for part in parts:
+            longest = max(int(lens[part].max()), MIN_KEYS)
+            slots = self.req_to_token_pool.req_to_token[:, :longest].index_select(0, order[part]).long()
+            slots.masked_fill_(torch.arange(longest) >= lens[part].unsqueeze(1), 0)
+            segments.append(
+                Segment(
+                    rows=slice(part.start * width, part.stop * width),
+                    width=width,
+                    slots=slots,
+                    prefix_lens=prefix_lens[part],
+                    tree=None if tree is None else tree[part],
+                    positions=None if tree is None or positions is None else positions[part],
+                    first_slot=_first_of_run(slots),
+                )
+            )
+        return segments
 
     def _ragged(self, forward_batch: ForwardBatch) -> list[Segment]:
         """One segment per request: prefill widths differ, and its matrices are large anyway."""

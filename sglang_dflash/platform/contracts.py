@@ -18,11 +18,11 @@ from sglang_dflash.errors import UserError
 
 @dataclass(frozen=True)
 class Contract:
-    """The parameter names, in order, of a function or method of SGLang."""
+    """The parameter names, in order, of a function or method of SGLang; None: it exists."""
 
     module: str
     name: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] | None = None
 
     @property
     def path(self) -> str:
@@ -46,10 +46,9 @@ def check(contract: Contract) -> Any:
         found = tuple(inspect.signature(target).parameters)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(_message(contract, str(error))) from error
-    if found != contract.parameters:
-        raise UserError(
-            _message(contract, f"expected ({', '.join(contract.parameters)}), found ({', '.join(found)})")
-        )
+    if contract.parameters is not None and found != contract.parameters:
+        expected = ", ".join(contract.parameters)
+        raise UserError(_message(contract, f"expected ({expected}), found ({', '.join(found)})"))
     return target
 
 
@@ -57,8 +56,8 @@ def _message(contract: Contract, detail: str) -> str:
     import sglang
 
     return (
-        f"The CPU platform does not fit the installed SGLang {sglang.__version__}: {contract.path}: {detail}. "
-        "Install sglang==0.5.23 (sglang-dflash supports >=0.5.23,<0.5.24)."
+        f"The CPU platform does not fit the installed SGLang {sglang.__version__}: {contract.path}: "
+        f"{detail}. Install sglang==0.5.23 (sglang-dflash supports >=0.5.23,<0.5.24)."
     )
 
 

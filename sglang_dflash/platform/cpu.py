@@ -13,7 +13,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
 
-from sglang_dflash.platform import ATTENTION_BACKEND, DISPATCH_KEY
+from sglang_dflash.platform import ATTENTION_BACKEND, DISPATCH_KEY, server_defaults
 from sglang_dflash.platform.threads import pin_omp_threads
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class DFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def __init__(self) -> None:
         super().__init__()
         pin_omp_threads()
+        server_defaults.offer_attention_backend()
 
     # SGLang's device default is this value as a string: it calls `.split(":")` on it.
     def get_device(self, device_id: int = 0) -> str:  # type: ignore[override]
@@ -80,9 +81,7 @@ class DFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return CpuMHATokenToKVPool
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        from sglang_dflash.platform.server_defaults import apply
-
-        apply(server_args)
+        server_defaults.apply(server_args)
 
     def init_backend(self) -> None:
         from sglang_dflash.platform.mends import apply_mends

@@ -6,6 +6,7 @@ its model runner and before it builds anything.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -29,6 +30,19 @@ MURMUR_HASH = Contract(
     "sglang.kernels.ops.sampling.murmur_hash", "murmur_hash32", ("seed", "positions", "col_indices")
 )
 
+_UNQUANT = "sglang.srt.layers.quantization.unquant"
+_METADATA = ("self", "forward_batch")
+_SET_KV = (
+    "self",
+    "layer",
+    "loc_info",
+    "cache_k",
+    "cache_v",
+    "k_scale",
+    "v_scale",
+    "layer_id_override",
+    "dcp_kv_mask",
+)
 _RMS_NORM = ("self", "x", "residual", "post_residual_addition", "quant_linear")
 _ROPE = ("self", "positions", "query", "key", "offsets", "fused_set_kv_buffer_arg")
 
@@ -38,10 +52,29 @@ RELIED_ON = (
     Contract(_POOL, "MHATokenToKVPool._init_kv_copy_and_warmup", ("self",)),
     Contract(_POOL, "MHATokenToKVPool._move_kv_cache_impl", ("self", "tgt_loc", "src_loc")),
     Contract(_POOL, "move_kv_cache_native", ("k_buffer", "v_buffer", "tgt_loc", "src_loc")),
+    Contract(_POOL, "MHATokenToKVPool.set_kv_buffer", _SET_KV),
+    Contract(_POOL, "unwrap_write_loc", ("loc_info",)),
+    Contract(_UNQUANT, "UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
+    Contract(_UNQUANT, "UnquantizedEmbeddingMethod.apply", ("self", "layer", "x", "bias")),
+    Contract(
+        "sglang.srt.layers.attention.base_attn_backend", "AttentionBackend.init_forward_metadata", _METADATA
+    ),
+    Contract("sglang.kernels.fused_op", "BaseFusedOp.register_oot_forward", ("op_cls", "fn", "platform_key")),
     Contract("sglang.srt.layers.layernorm", "RMSNorm.forward_native", _RMS_NORM),
     Contract("sglang.srt.layers.activation", "SiluAndMul.forward_native", ("self", "x")),
     Contract("sglang.srt.layers.rotary_embedding", "RotaryEmbedding.forward_native", _ROPE),
     Contract("sglang.srt.layers.attention.attention_registry", "register_attention_backend", ("name",)),
+)
+
+#: Methods after which a model holds other weights than those that were packed.
+WEIGHT_UPDATES = tuple(
+    Contract("sglang.srt.model_executor.model_runner_components.weight_updater", f"WeightUpdater.{name}")
+    for name in (
+        "update_weights_from_disk",
+        "load_weights_from_distributed",
+        "update_weights_from_tensor",
+        "update_weights_from_ipc",
+    )
 )
 
 _applied = False
@@ -64,6 +97,7 @@ def apply_mends() -> None:
         replace(MURMUR_HASH, hashing.murmur_hash32)
         _register_attention_backend()
         fused_ops.register()
+        _repack_after_weight_updates()
         _ignore_streams_of_cpu_tensors()
     except UserError as error:
         raise SystemExit(f"sglang-dflash: {error}") from error
@@ -71,20 +105,17 @@ def apply_mends() -> None:
 
 
 def _register_attention_backend() -> None:
-    from sglang.srt.arg_groups import choices
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     @register_attention_backend(ATTENTION_BACKEND)
     def create(runner: Any) -> Any:
         from sglang_dflash.platform.attention_backend import CpuAttentionBackend
 
-        return CpuAttentionBackend(runner)
-
-    # The draft worker's builder consults this list and not the platform; a name that is
-    # missing there silently becomes flashinfer.
-    for names in (choices.ATTENTION_BACKEND_CHOICES, choices.DRAFT_ATTENTION_BACKEND_CHOICES):
-        if ATTENTION_BACKEND not in names:
-            names.append(ATTENTION_BACKEND)
+        try:
+            return CpuAttentionBackend(runner)
+        except UserError as error:
+            # One line in the log; any other exception is a traceback of the scheduler.
+            raise SystemExit(f"sglang-dflash: {error}") from None
 
 
 def _ignore_streams_of_cpu_tensors() -> None:
@@ -102,3 +133,24 @@ def _ignore_streams_of_cpu_tensors() -> None:
 
     record_stream.ignores_cpu = True  # type: ignore[attr-defined]
     torch.Tensor.record_stream = record_stream  # type: ignore[assignment,method-assign]
+
+
+def _repack_after_weight_updates() -> None:
+    """Keep the packed weights equal to the model's when a client replaces those."""
+    for contract in WEIGHT_UPDATES:
+        original = check(contract)
+        owner, _, name = contract.name.rpartition(".")
+        cls = Contract(contract.module, owner).resolve()
+        setattr(cls, name, _then_repack(original))
+
+
+def _then_repack(original: Any) -> Any:
+    @functools.wraps(original)
+    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from sglang_dflash.platform.linear import pack_model
+
+        result = original(self, *args, **kwargs)
+        pack_model(self.get_model())
+        return result
+
+    return update

@@ -1,28 +1,50 @@
-"""Server arguments that the CPU platform sets when the user did not."""
+"""Server arguments that the CPU platform sets or refuses."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from sglang_dflash.platform import ATTENTION_BACKEND
 
-logger = logging.getLogger(__name__)
+#: Backends that run here: ours, and SGLang's slower one for plain decoding.
+USABLE_BACKENDS = (None, ATTENTION_BACKEND, "torch_native")
+KV_CACHE_DTYPES = (None, "auto", "bf16", "bfloat16")
+
+
+def offer_attention_backend() -> None:
+    """Let ``--attention-backend`` and the draft worker know our backend's name.
+
+    The draft worker's builder consults a list of names and not the platform; a name that is
+    missing there silently becomes flashinfer.
+    """
+    from sglang.srt.arg_groups import choices
+
+    for names in (choices.ATTENTION_BACKEND_CHOICES, choices.DRAFT_ATTENTION_BACKEND_CHOICES):
+        if ATTENTION_BACKEND not in names:
+            names.append(ATTENTION_BACKEND)
 
 
 def apply(server_args: Any) -> None:
-    """Make our attention backend the default of every pass.
+    """Make our attention backend the default of every pass; refuse what cannot run.
 
     SGLang's own rule for ``device == "cpu"`` has run by now and wrote ``intel_amx`` (or
-    ``torch_native`` on Arm) without asking the platform; both fail here on a tree verify.
+    ``torch_native`` on Arm) without asking the platform; both fail on a verify pass here.
     What the user named is in the raw input and stays.
+
+    Raises:
+        SystemExit: with one line, for settings that cannot work here.
     """
     raw = getattr(server_args, "_raw_input", None) or {}
+    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        _refuse_unless(raw.get(field) in USABLE_BACKENDS, field, raw)
+    _refuse_unless(raw.get("kv_cache_dtype") in KV_CACHE_DTYPES, "kv_cache_dtype", raw)
     if raw.get("attention_backend") is None:
         server_args.attention_backend = ATTENTION_BACKEND
-    elif raw["attention_backend"] != ATTENTION_BACKEND:
-        logger.warning(
-            "The CPU platform is tested with --attention-backend %s; got %s.",
-            ATTENTION_BACKEND,
-            raw["attention_backend"],
+
+
+def _refuse_unless(usable: bool, field: str, raw: dict[str, Any]) -> None:
+    if not usable:
+        flag = "--" + field.replace("_", "-")
+        raise SystemExit(
+            f"sglang-dflash: {flag} {raw[field]} does not run on the CPU platform; drop the flag."
         )
