@@ -23,15 +23,17 @@ def accept_length_by_kind(replies: Sequence[Reply], title: str, path: Path) -> N
         same = [reply for reply in replies if reply.kind == kind]
         mean = mean_accept_length(same) or 0.0
         axes.bar(place, mean, width=0.55, color=BLUE, alpha=0.75)
-        axes.annotate(f"{mean:.2f}", (place, mean), textcoords="offset points", xytext=(30, 4), color=GREY)
+        axes.annotate(
+            f"{mean:.2f}", (place, mean / 2), ha="center", color="white", fontsize=14, weight="bold"
+        )
         values = [reply.accept_length for reply in same if reply.accept_length is not None]
         # Dots beside each other in the order of the prompts: same place, same prompt, in every run.
         spread = [place + 0.4 * ((index + 0.5) / len(values) - 0.5) for index in range(len(values))]
         axes.plot(spread, values, "o", color="black", markersize=3.5, alpha=0.6)
     axes.axhline(1.0, color=GREY, linewidth=0.8, linestyle="--")
-    axes.annotate(
-        "plain decoding", (1.0, 1.0), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-    )
+    # Between the bars, where it hides nothing.
+    middle = (len(kinds) - 1) / 2 if len(kinds) % 2 == 0 else len(kinds) - 0.6
+    axes.annotate("plain\ndecoding", (middle, 1.02), ha="center", va="bottom", fontsize=8, color=GREY)
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("accept length (tokens per target pass)")
