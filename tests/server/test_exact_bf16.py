@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sglang_dflash.client.exact import ServerOracle, Tally, Verdict, judge, tally
+from sglang_dflash.plugin.drafter import read_config
 from tests.server.support import Client, Request, chat_requests, dflash_args, embedded_args
 
 pytestmark = pytest.mark.server
@@ -146,7 +147,7 @@ class TestChain:
         from sglang_dflash.client.server import Server
         from tests.server.conftest import PORTS
 
-        args = embedded_args(target, "bfloat16", *dflash_args(drafter, 8))
+        args = embedded_args(target, "bfloat16", *dflash_args(drafter, read_config(drafter).block))
         with ExitStack() as stack:
             server = stack.enter_context(Server(args, port=next(PORTS), log=folder / f"{name}.log", env=env))
             client = Client(server)
@@ -160,7 +161,8 @@ class TestChain:
         log, chain = self.serve(tmp_path, "chain", target, drafter, requests, SGLANG_PLUGINS="dflash_cpu")
         assert "draft trees on" not in log
         log, tree = self.serve(tmp_path, "top1", target, drafter, requests, SGLANG_DFLASH_TOP_K="1")
-        assert "draft trees on. nodes=8 block=8" in log
+        block = read_config(drafter).block
+        assert f"draft trees on. nodes={block} block={block}" in log
         for left, right in zip(chain, tree, strict=True):
             assert left["output_ids"] == right["output_ids"]
             assert left["meta_info"]["spec_verify_ct"] == right["meta_info"]["spec_verify_ct"]
