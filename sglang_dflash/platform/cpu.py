@@ -36,7 +36,7 @@ class DFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_defaults.offer_attention_backend()
 
     # SGLang's device default is this value as a string: it calls `.split(":")` on it.
-    def get_device(self, device_id: int = 0) -> str:  # type: ignore[override]
+    def get_device(self, device_id: int = 0) -> str:
         return "cpu"
 
     def is_pin_memory_available(self, device: object = None) -> bool:

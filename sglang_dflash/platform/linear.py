@@ -82,26 +82,38 @@ def pack_model(model: torch.nn.Module) -> int:
     """Give every unquantized linear layer and the logits head of ``model`` a packed weight.
 
     The plain weights stay: other parts of SGLang read them. Called again after a weight
-    update it packs the new values. Returns the bytes of packed weights.
+    update it packs the new values. Nothing is packed when that would take more than half of
+    the free memory. Returns the bytes of packed weights.
     """
-    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    import psutil
 
-    total = 0
+    targets = _packable(model)
+    size = sum(m.weight.numel() * m.weight.element_size() for m, _ in targets)
+    if size > psutil.virtual_memory().available // 2:
+        logger.warning(
+            "CPU platform: no memory for a packed copy of %.1f GiB of weights; passes will be slower and "
+            "not row-invariant.",
+            size / 2**30,
+        )
+        return 0
+    for module, method in targets:
+        packed = pack(module.weight)
+        if packed is not None:
+            module.quant_method = method(packed)
+    logger.info("CPU platform: packed %.0f MiB of weights for oneDNN.", size / 2**20)
+    return size
+
+
+def _packable(model: torch.nn.Module) -> list[tuple[torch.nn.Module, type]]:
+    """The layers of ``model`` whose weight can be packed, with the method that will use it."""
     head = getattr(model, "lm_head", None)
+    found: list[tuple[torch.nn.Module, type]] = []
     for module in model.modules():
         method = getattr(module, "quant_method", None)
+        if getattr(getattr(module, "weight", None), "dtype", None) not in _DTYPES:
+            continue
         if isinstance(method, UnquantizedLinearMethod):
-            target: type = PackedLinearMethod
+            found.append((module, PackedLinearMethod))
         elif module is head and isinstance(method, UnquantizedEmbeddingMethod):
-            assert isinstance(module, VocabParallelEmbedding)
-            target = PackedHeadMethod
-        else:
-            continue
-        packed = pack(module.weight)
-        if packed is None:
-            continue
-        module.quant_method = target(packed)
-        total += module.weight.numel() * module.weight.element_size()
-    if total:
-        logger.info("CPU platform: packed %.0f MiB of weights for oneDNN.", total / 2**20)
-    return total
+            found.append((module, PackedHeadMethod))
+    return found

@@ -132,7 +132,7 @@ def _ignore_streams_of_cpu_tensors() -> None:
             original(self, stream)
 
     record_stream.ignores_cpu = True  # type: ignore[attr-defined]
-    torch.Tensor.record_stream = record_stream  # type: ignore[assignment,method-assign]
+    torch.Tensor.record_stream = record_stream
 
 
 def _repack_after_weight_updates() -> None:

@@ -12,5 +12,5 @@ def mend_model(model: torch.nn.Module) -> None:
     for module in model.modules():
         # The drafter's fused QK-norm + RoPE is a CUDA kernel that bfloat16 selects blindly.
         if getattr(module, "use_table_qk_norm_rope", False):
-            module.use_table_qk_norm_rope = False  # type: ignore[assignment]
+            module.use_table_qk_norm_rope = False
     pack_model(model)

@@ -229,3 +229,15 @@ def test_an_off_spine_node_sums_like_the_chain_it_becomes(prefix: int) -> None:
         chain = Segment(slice(0, 1), 1, slots, torch.tensor([slots.shape[1] - 1]))
         row = attend(case.q[node : node + 1], case.k, case.v, chain, head)
         assert torch.equal(row[0], together[node]), f"node {node}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_request_does_not_depend_on_the_requests_beside_it(dtype: torch.dtype) -> None:
+    case = Case([5, 300, 64, 0], 8, 9, 3, 64, dtype=dtype)
+    head = case.head()
+    together = attend(case.q, case.k, case.v, case.segment(), head)
+    for i, prefix in enumerate(case.prefixes):
+        slots = case.slots[i : i + 1, : max(prefix + 8, MIN_KEYS)]
+        alone = Segment(slice(0, 8), 8, slots, torch.tensor([prefix]))
+        rows = slice(i * 8, i * 8 + 8)
+        assert torch.equal(attend(case.q[rows], case.k, case.v, alone, head), together[rows]), f"request {i}"

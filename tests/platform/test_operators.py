@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from sglang_dflash.platform import fused_ops
 from sglang_dflash.platform.hashing import murmur_hash32
