@@ -28,6 +28,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
 
 from sglang_dflash.errors import UserError
+from sglang_dflash.platform.linear import head_logits
 from sglang_dflash.upstream.requests import needs_penalties, penalties_of
 from sglang_dflash.worker.accept.penalties import apply_penalties
 from sglang_dflash.worker.accept.sample import SamplingParams
@@ -49,19 +50,6 @@ class TreeVerifyInput(DFlashVerifyInput):
 
     tree_mask: torch.Tensor | None = None
     tree_ancestors: torch.Tensor | None = None
-
-
-@dataclass
-class _Window(Step):
-    """A step with what SGLang needs beside it.
-
-    Attributes:
-        plan: SGLang's ``KVLocPlan`` over the step's slots.
-        host_lens: int [bs] on the CPU, an upper bound of the committed lengths.
-    """
-
-    plan: Any = None
-    host_lens: torch.Tensor | None = None
 
 
 def refuse_unserved(target_worker: Any) -> None:
@@ -133,7 +121,7 @@ class Bridge:
 
     # -- one step ---------------------------------------------------------------
 
-    def open_step(self, batch: Any, width: Width) -> _Window:
+    def open_step(self, batch: Any, width: Width) -> Step:
         """Gather the step's slots from ``req_to_token`` and plan its KV writes.
 
         The scheduler has reserved the slots (``hooks.decode_reserve``).
@@ -154,7 +142,7 @@ class Bridge:
             write_virtual=slots.reshape(-1),
             read_extent=width.slots,
         )
-        return _Window(
+        return Step(
             width=width,
             anchor=draft_input.bonus_tokens.view(-1),
             prefix_lens=prefix_lens,
@@ -163,9 +151,8 @@ class Bridge:
             host_lens=host_lens,
         )
 
-    def _host_bound(self, batch: Any, step: _Window, rows: int) -> tuple[torch.Tensor, int]:
+    def _host_bound(self, batch: Any, step: Step, rows: int) -> tuple[torch.Tensor, int]:
         """Host-side upper bound of each request's length with ``rows`` rows of this step."""
-        assert step.host_lens is not None
         bound = step.host_lens + rows if batch.seq_lens_cpu is not None else step.host_lens
         return bound, int(bound.sum())
 
@@ -180,9 +167,7 @@ class Bridge:
             )
         return rows * worker._noise_embed_scale if worker._noise_embed_scale != 1.0 else rows
 
-    def run_drafter(
-        self, batch: Any, step: _Window, ids: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def run_drafter(self, batch: Any, step: Step, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """One drafter pass over the block; hidden states [bs, B, H] after its last norm."""
         bs, block = ids.shape
         embeds = self.embed(ids)
@@ -232,15 +217,15 @@ class Bridge:
         shard = getattr(head, "shard_indices", None)
         parallel = get_parallel()
         sharded = parallel.tp_size > 1 and shard is not None
+        whole = int(getattr(head, "org_vocab_size", len(weight)))
         values, ids, log_z = draft_topk(
             hidden.to(weight.dtype),
             weight,
             k,
-            vocab_start=int(shard.org_vocab_start_index) if sharded else 0,
-            num_valid=int(shard.num_org_elements)
-            if sharded
-            else int(getattr(head, "org_vocab_size", len(weight))),
+            vocab_start=int(shard.org_vocab_start_index) if sharded and shard else 0,
+            num_valid=int(shard.num_org_elements) if sharded and shard else whole,
             normalize=not sharded,
+            project=lambda rows: head_logits(head, rows),
         )
         if not sharded:
             return values, ids
@@ -256,7 +241,7 @@ class Bridge:
         values, ids, _ = merge_topk(gather(values), gather(ids), gather(log_z))
         return values, ids
 
-    def run_target(self, batch: Any, step: _Window, tree: DraftTree, positions: torch.Tensor) -> Any:
+    def run_target(self, batch: Any, step: Step, tree: DraftTree, positions: torch.Tensor) -> Any:
         """One target pass over the tree's nodes; SGLang's forward output."""
         nodes = step.width.nodes
         verify = TreeVerifyInput(
@@ -292,7 +277,7 @@ class Bridge:
         self,
         batch: Any,
         logits: torch.Tensor,
-        step: _Window,
+        step: Step,
         tree: DraftTree,
         grammar: GrammarTree | None,
         barrier: Any,
@@ -315,7 +300,7 @@ class Bridge:
             bs, nodes = tree.tokens.shape
             logits.view(bs, nodes, -1).add_(info.logit_bias[:, None, :].to(logits.dtype))
 
-    def _penalise(self, batch: Any, logits: torch.Tensor, step: _Window, tree: DraftTree) -> None:
+    def _penalise(self, batch: Any, logits: torch.Tensor, step: Step, tree: DraftTree) -> None:
         penalties = penalties_of(batch, logits.device)
         bound, _ = self._host_bound(batch, step, 1)
         committed = self.history().counts(
@@ -373,7 +358,7 @@ class Bridge:
         compute_spec_logprobs(batch, output, chosen.reshape(-1), accept_index=rows)
 
     def append_drafter_kv(
-        self, step: _Window, hidden: torch.Tensor, positions: torch.Tensor, accept_lens: torch.Tensor
+        self, step: Step, hidden: torch.Tensor, positions: torch.Tensor, accept_lens: torch.Tensor
     ) -> None:
         """Write the drafter's K and V for the accepted path's features.
 

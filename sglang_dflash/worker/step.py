@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,12 +40,16 @@ class Step:
         anchor: int64 [bs], each request's last committed token, whose KV is not yet written.
         prefix_lens: int64 [bs], committed tokens with KV in the cache.
         slots: int64 [bs, width.slots], cache slots of positions prefix .. prefix + slots - 1.
+        plan: SGLang's ``KVLocPlan`` over the slots; only the bridge looks inside.
+        host_lens: int [bs] on the CPU, an upper bound of prefix_lens that costs no device read.
     """
 
     width: Width
     anchor: torch.Tensor
     prefix_lens: torch.Tensor
     slots: torch.Tensor
+    plan: Any
+    host_lens: torch.Tensor
 
     @property
     def batch_size(self) -> int:

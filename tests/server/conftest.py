@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,23 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return target, drafter
 
 
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Client]]:
-    """``launch(name, args, env)`` starts a server that lives as long as the test module."""
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractContextManager[Client]]:
+    """``with serving(name, args, **env) as client``: a server for the length of the block."""
     logs = tmp_path_factory.mktemp("logs")
+    quick = {fast_start.VARIABLE: fast_start.disabled_models(fast_start.EMBEDDED)}
+
+    @contextmanager
+    def serve(name: str, args: list[str], **env: str | None) -> Iterator[Client]:
+        port = next(PORTS)
+        with Server(args, port=port, log=logs / f"{port}-{name}.log", env=quick | env) as server:
+            yield Client(server)
+
+    return serve
+
+
+@pytest.fixture(scope="module")
+def launch(serving: Callable[..., AbstractContextManager[Client]]) -> Iterator[Callable[..., Client]]:
+    """``launch(name, args, **env)`` starts a server that lives as long as the test module."""
     with ExitStack() as stack:
-
-        def start(name: str, args: list[str], **env: str | None) -> Client:
-            quick = {fast_start.VARIABLE: fast_start.disabled_models(fast_start.EMBEDDED)}
-            server = Server(args, port=next(PORTS), log=logs / f"{name}.log", env=quick | env)
-            return Client(stack.enter_context(server))
-
-        yield start
+        yield lambda name, args, **env: stack.enter_context(serving(name, args, **env))

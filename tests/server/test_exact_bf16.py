@@ -6,7 +6,8 @@ One plain server answers for all of them (four servers in this module, at most t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from sglang_dflash.plugin.drafter import read_config
 from tests.server.support import Client, Request, chat_requests, dflash_args, embedded_args
 
 pytestmark = pytest.mark.server
+
+Serving = Callable[..., AbstractContextManager[Client]]
 
 BATCHES = (1, 4, 8)
 NEW_TOKENS = 48
@@ -68,14 +71,9 @@ def plain(launch: Callable[..., Client], target: Path, tokenizer: Any) -> Iterat
 
 class TestTree:
     @pytest.fixture(scope="class")
-    def tree(self, plain: Plain, target: Path, drafter: Path, tmp_path_factory: Any) -> Iterator[Client]:
-        from sglang_dflash.client.server import Server
-        from tests.server.conftest import PORTS
-
-        log = tmp_path_factory.mktemp("tree") / "tree.log"
-        args = embedded_args(target, "bfloat16", *dflash_args(drafter))
-        with Server(args, port=next(PORTS), log=log) as server:
-            yield Client(server)
+    def tree(self, serving: Serving, plain: Plain, target: Path, drafter: Path) -> Iterator[Client]:
+        with serving("tree", embedded_args(target, "bfloat16", *dflash_args(drafter))) as client:
+            yield client
 
     def test_the_tree_worker_serves(self, tree: Client) -> None:
         marker = tree.info().marker
@@ -125,8 +123,6 @@ class TestTree:
         requests = plain.requests[:4]
         greedy = tree.generate(requests, 1)
         hot = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "min_p": 0.01}
-        from concurrent.futures import ThreadPoolExecutor
-
         with ThreadPoolExecutor(2) as pool:
             cold_job = pool.submit(tree.generate, requests, 2)
             hot_job = pool.submit(tree.generate, requests, 2, **hot)
@@ -141,28 +137,19 @@ class TestChain:
 
     COUNT = 12
 
-    def serve(
-        self, folder: Path, name: str, target: Path, drafter: Path, requests: list[Request], **env: str | None
-    ) -> tuple[str, list[dict[str, Any]]]:
-        from sglang_dflash.client.server import Server
-        from tests.server.conftest import PORTS
-
-        args = embedded_args(target, "bfloat16", *dflash_args(drafter, read_config(drafter).block))
-        with ExitStack() as stack:
-            server = stack.enter_context(Server(args, port=next(PORTS), log=folder / f"{name}.log", env=env))
-            client = Client(server)
-            return server.output(), client.generate(requests, 1)
-
     def test_top1_tree_is_the_builtin_chain(
-        self, plain: Plain, target: Path, drafter: Path, tmp_path: Path
+        self, serving: Serving, plain: Plain, target: Path, drafter: Path
     ) -> None:
         requests = plain.requests[: self.COUNT]
-        # Without our general plugin, the built-in worker serves on our CPU platform.
-        log, chain = self.serve(tmp_path, "chain", target, drafter, requests, SGLANG_PLUGINS="dflash_cpu")
-        assert "draft trees on" not in log
-        log, tree = self.serve(tmp_path, "top1", target, drafter, requests, SGLANG_DFLASH_TOP_K="1")
         block = read_config(drafter).block
-        assert f"draft trees on. nodes={block} block={block}" in log
+        args = embedded_args(target, "bfloat16", *dflash_args(drafter, block))
+        # Without our general plugin, the built-in worker serves on our CPU platform.
+        with serving("chain", args, SGLANG_PLUGINS="dflash_cpu") as client:
+            assert client.info().marker is None
+            chain = client.generate(requests, 1)
+        with serving("top1", args, SGLANG_DFLASH_TOP_K="1") as client:
+            assert f"draft trees on. nodes={block} block={block}" in client.server.output()
+            tree = client.generate(requests, 1)
         for left, right in zip(chain, tree, strict=True):
             assert left["output_ids"] == right["output_ids"]
             assert left["meta_info"]["spec_verify_ct"] == right["meta_info"]["spec_verify_ct"]

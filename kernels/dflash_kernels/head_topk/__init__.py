@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dflash_kernels._dispatch import use_triton
@@ -18,6 +20,7 @@ def draft_topk(
     vocab_start: int = 0,
     num_valid: int | None = None,
     normalize: bool = True,
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The K most probable tokens of each row of softmax(hidden @ head_weight.T).
 
@@ -30,6 +33,8 @@ def draft_topk(
         logit_cap: > 0 applies cap * tanh(x / cap) to the logits.
         vocab_start: token id of the head's first row.
         num_valid: rows of the head that are real tokens (the rest is padding); None means all.
+        project: on the torch path, another way to compute fresh hidden @ head_weight.T logits [T, >= V], such
+            as over packed weights; the Triton path reads head_weight itself.
         normalize: subtract log_z; False returns raw logits, the input of `merge_topk`.
 
     Returns:
@@ -43,10 +48,15 @@ def draft_topk(
     if not 1 <= k <= min(MAX_K, valid):
         raise ValueError(f"k must be 1..{min(MAX_K, valid)}, not {k}")
     if use_triton(hidden):
-        from dflash_kernels.head_topk.kernel import draft_topk_triton as impl
+        from dflash_kernels.head_topk.kernel import draft_topk_triton
+
+        values, ids, log_z = draft_topk_triton(hidden, head_weight[:valid], k, logit_cap=logit_cap)
     else:
-        from dflash_kernels.head_topk.reference import draft_topk_torch as impl
-    values, ids, log_z = impl(hidden, head_weight[:valid], k, logit_cap=logit_cap)
+        from dflash_kernels.head_topk.reference import draft_topk_torch
+
+        values, ids, log_z = draft_topk_torch(
+            hidden, head_weight[:valid], k, logit_cap=logit_cap, project=project
+        )
     if vocab_start:
         ids = ids + vocab_start
     return (values - log_z[:, None] if normalize else values), ids, log_z

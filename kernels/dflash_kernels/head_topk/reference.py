@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+Project = Callable[[torch.Tensor], torch.Tensor]
 
 _BLOCK = 64
 _CHUNK_ROWS = 128
 
 
 def draft_topk_torch(
-    hidden: torch.Tensor, head_weight: torch.Tensor, k: int, *, logit_cap: float = 0.0
+    hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    k: int,
+    *,
+    logit_cap: float = 0.0,
+    project: Project | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Raw top-K logits float32 [T, K], row ids int64 [T, K], log-sum-exp float32 [T]."""
-    parts = [_chunk(h, head_weight, k, logit_cap) for h in hidden.split(_CHUNK_ROWS)]
+    parts = [_chunk(h, head_weight, k, logit_cap, project) for h in hidden.split(_CHUNK_ROWS)]
     if len(parts) == 1:
         return parts[0]
     values, ids, log_z = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -20,9 +29,9 @@ def draft_topk_torch(
 
 
 def _chunk(
-    hidden: torch.Tensor, head: torch.Tensor, k: int, logit_cap: float
+    hidden: torch.Tensor, head: torch.Tensor, k: int, logit_cap: float, project: Project | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    logits = (hidden @ head.t()).float()
+    logits = (hidden @ head.t()).float() if project is None else project(hidden)[:, : head.shape[0]].float()
     if hidden.dtype == torch.float32:
         if logit_cap > 0:
             logits = logit_cap * torch.tanh(logits / logit_cap)
