@@ -247,10 +247,11 @@ def same_share(row: Row, rows: dict[tuple[str, int], Row]) -> str:
 
 def table(plan: Plan, rows: dict[tuple[str, int], Row]) -> Table:
     view = Table(title=f"{plan.pair.model.name}, greedy, {len(plan.prompts)} prompts")
-    for name in ("method", "concurrency", "tokens/s", "vs plain", "accept length"):
-        view.add_column(name, justify="left" if name == "method" else "right")
-    for name in ("TTFT p50/p90/p99 ms", "ITL p50/p90/p99 ms", "same as plain"):
-        view.add_column(name, justify="right")
+    view.add_column("method")
+    for name in ("in\nflight", "tokens/s", "vs\nplain", "accept\nlength"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for name in ("TTFT ms\np50 / p99", "ITL ms\np50 / p99", "same as\nplain"):
+        view.add_column(name, justify="right", no_wrap=True)
     for method in plan.methods:
         for (name, level), row in sorted(rows.items(), key=lambda item: item[0][1]):
             if name != method or row.error:
@@ -263,7 +264,7 @@ def table(plan: Plan, rows: dict[tuple[str, int], Row]) -> Table:
                 f"{row.tokens_per_second:.1f}",
                 f"{ratio:.2f}x" if ratio else "-",
                 f"{row.accept_length:.2f}" if row.accept_length else "-",
-                *(f"{v.p50:.0f}/{v.p90:.0f}/{v.p99:.0f}" if v else "-" for v in (row.ttft_ms, row.itl_ms)),
+                *(f"{v.p50:.0f} / {v.p99:.0f}" if v else "-" for v in (row.ttft_ms, row.itl_ms)),
                 same_share(row, rows),
             )
         view.add_section()

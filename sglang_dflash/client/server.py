@@ -54,10 +54,12 @@ def cause_of_death(log: str) -> str:
     for line in reversed(lines):
         if "sglang-dflash:" in line and "Traceback" not in line:
             return line[line.index("sglang-dflash:") + len("sglang-dflash:") :].strip()
-    for line in reversed(lines):
-        name = line.split(":", 1)[0].rsplit(".", 1)[-1]
+    for index in range(len(lines) - 1, -1, -1):
+        name, _, message = lines[index].partition(":")
         if name.endswith(("Error", "Exception", "Exit")) and " " not in name:
-            return line
+            # Some messages start on the line below the exception's name.
+            below = lines[index + 1] if not message.strip() and index + 1 < len(lines) else ""
+            return f"{lines[index]} {below}".strip()
     return lines[-1] if lines else "it wrote nothing"
 
 

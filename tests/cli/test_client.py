@@ -139,6 +139,7 @@ def test_server_info_reads_the_marker() -> None:
             "usage: x\nlaunch_server.py: error: unrecognized arguments: --foo\n",
             "launch_server.py: error: unrecognized arguments: --foo",
         ),
+        ("ImportError: \n\n[kernel] no library\nmore\n", "ImportError: [kernel] no library"),
         ("", "it wrote nothing"),
     ],
 )
