@@ -20,7 +20,7 @@ logger = logging.getLogger("sglang_dflash.train")
 # Options that are settings of the loop under the same name.
 SHARED = (
     *("minutes", "steps", "optimizer", "rate", "warmup", "rows", "anchors", "accumulate", "weight_decay"),
-    *("clip", "negatives", "complementary", "seed", "eval_every", "save_every"),
+    *("clip", "negatives", "complementary", "dropout", "feature_noise", "seed", "eval_every", "save_every"),
 )
 
 
@@ -66,6 +66,8 @@ class TrainOptions(BaseSettings):
     tree: float = Field(0.0, ge=0, description="extra weight where a draft tree can still reach")
     confidence: float = Field(0.0, ge=0, description="extra weight that sharpens right top tokens")
     complementary: float = Field(0.0, ge=0, le=1, description="share of steps with twin half-revealed blocks")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the layers' outputs (small corpora)")
+    feature_noise: float = Field(0.0, ge=0, description="relative noise on features (small corpora)")
     schedule: str = Field("", description="block sizes over the run, e.g. 0:4,0.3:8 (progress:size)")
     negatives: int = Field(
         -1, ge=-1, description="train on the corpus's ids plus n random others; -1: full head (CPU: 2048)"

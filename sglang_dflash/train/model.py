@@ -96,10 +96,12 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden, c.eps)
         self.post_attention_layernorm = RMSNorm(c.hidden, c.eps)
+        self.dropout = 0.0  # of both residual branches, in training only
 
     def forward(self, x: torch.Tensor, context: torch.Tensor, layout: Layout, rope: Rope) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context, layout, rope)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attn = self.self_attn(self.input_layernorm(x), context, layout, rope)
+        x = x + F.dropout(attn, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
 
 class Rope:

@@ -45,6 +45,8 @@ class TrainSettings:
     loss: LossSettings = field(default_factory=LossSettings)
     negatives: int = -1  # -1: full head; n >= 0: corpus ids plus n random others a refresh
     refresh: int = 50  # steps between new random head rows
+    dropout: float = 0.0  # of the layers' residual branches
+    feature_noise: float = 0.0  # relative Gaussian noise on features, against learning documents by heart
     complementary: float = 0.0  # share of steps with twin blocks, part of the tokens revealed
     schedule: tuple[tuple[float, int], ...] = ()  # (progress from which, block size); (): the drafter's own
     seed: int = 0
@@ -88,6 +90,8 @@ class Trainer:
         self.sampler = Sampler(train[rank::world], settings.rows, settings.anchors, settings.seed)
         kind = MasterMuon if settings.optimizer == "muon" else MasterAdamW
         self.optimizer = kind(drafter, weight_decay=settings.weight_decay, clip=settings.clip)
+        for layer in drafter.layers:
+            layer.dropout = settings.dropout
         self.step, self.elapsed, self.best = 0, 0.0, 0.0
         self.log: list[Point] = []
         self.used = torch.unique(torch.cat([d.tokens for d in train]))
@@ -119,6 +123,7 @@ class Trainer:
     def _micro(self, number: int, head: Head) -> LossReport:
         """Forward and backward of one micro-batch; gradients add up in the parameters."""
         documents, anchors, rng = self.sampler.draw(number)
+        torch.manual_seed(self.s.seed * 1_000_003 + number)  # dropout repeats after a resume
         size, c = self.block(), self.drafter.config
         reveals: list[torch.Tensor | None] = [None]
         if self.s.complementary and float(torch.rand((), generator=rng)) < self.s.complementary:
@@ -130,7 +135,11 @@ class Trainer:
             batch = build_batch(documents, anchors, size, c.mask_token, self.s.loss.gamma, reveal, self.s.how)
             device = self.target.device
             embeddings = F.embedding(batch.inputs.to(device), self.target.embed)
-            hidden = self.drafter(embeddings, batch.planes[:, :, :-1].to(device), batch.layout)
+            features = batch.planes[:, :, :-1]
+            if self.s.feature_noise:
+                noise = torch.randn(features.shape, generator=rng, dtype=features.dtype)
+                features = features * (1 + self.s.feature_noise * noise)
+            hidden = self.drafter(embeddings, features.to(device), batch.layout)
             wanted = None
             if self.s.loss.kl:
                 wanted = last_hidden(batch, documents).flatten(0, 1).to(device)
