@@ -30,6 +30,7 @@ class DataOptions(BaseSettings):
     prompts: Path | None = Field(
         None, description="JSONL with 'prompt' or 'messages'; default: self-prompting"
     )
+    templates: bool = Field(False, description="prompts from built-in templates instead of self-prompting")
     exclude: list[Path] = Field(
         [Path("benchmarks/prompts.jsonl")],
         description="JSONL files whose prompts must never enter the corpus",
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
         out=options.out,
         response_tokens=options.tokens,
         prompts=options.prompts,
+        templates=options.templates,
         exclude=options.exclude,
         max_new=options.max_new,
         sampled_share=options.sampled,

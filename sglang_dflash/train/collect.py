@@ -20,6 +20,7 @@ from sglang_dflash.train.features import FeatureWriter
 from sglang_dflash.train.generate import Done, Generator, Job
 from sglang_dflash.train.prompts import Opener, clean_turn, is_held_out, openers, prompt_hash
 from sglang_dflash.train.target import DenseTarget
+from sglang_dflash.train.templates import template_prompts
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Settings:
     width: int = 32
     seed: int = 0
     prompts: Path | None = None
+    templates: bool = False
     exclude: list[Path] = field(default_factory=list)
     features: tuple[int, ...] | None = None
     features_dir: Path | None = None
@@ -90,12 +92,17 @@ class Collector:
         for path in settings.exclude:
             if path.is_file():
                 self.seen |= {prompt_hash(text) for _, text in read_prompts(path)}
-        if settings.prompts is None:
+        self.openers: Iterator[Opener] = iter(())
+        self.templates: Iterator[tuple[str, str]] = iter(())
+        if settings.templates:
+            first = settings.seed * 100003 + self.next_index["train"]
+            # Finite: when every template is used up, the corpus is as large as templates make it.
+            self.templates = self._fresh(itertools.islice(template_prompts(first), 200_000))
+        elif settings.prompts is None:
             start = self.next_index["train"]
-            self.openers: Iterator[Opener] = openers(settings.seed * 100003 + start)
+            self.openers = openers(settings.seed * 100003 + start)
         else:
             self.ready.extend(self._fresh(read_prompts(settings.prompts)))
-            self.openers = iter(())
         self.rng = torch.Generator().manual_seed(settings.seed * 7919 + self.next_index["train"])
 
     def _resume(self) -> None:
@@ -120,6 +127,7 @@ class Collector:
         if self.tokens >= s.response_tokens:
             return []
         if len(self.ready) < n:
+            self.ready.extend(itertools.islice(self.templates, n - len(self.ready)))
             fresh = list(itertools.islice(self.openers, n))
             if fresh:
                 return [Job(self.chat.opener_ids(o.text), 1.0, 40, o) for o in fresh]

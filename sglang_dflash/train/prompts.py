@@ -20,7 +20,7 @@ _LANGUAGES = [
     "Python", "Python", "Python", "Python", "Python", "Python", "JavaScript", "JavaScript", "JavaScript",
     "Java", "C++", "C", "TypeScript", "Go", "Rust", "SQL", "Bash", "C#", "Ruby", "PHP", "HTML and CSS",
 ]  # fmt: skip
-_CODE_TOPICS = [
+_CODETOPICS = [
     "a list of numbers", "a string", "a dictionary", "two sorted arrays", "a binary tree", "a linked list",
     "a CSV file", "a JSON file", "dates and times", "a text file", "prime numbers", "the Fibonacci sequence",
     "a matrix", "a stack", "a queue", "a graph", "user input", "a web page", "an API request",
@@ -47,7 +47,7 @@ _CODE = [
     "What is the difference between", "Show me an example of {code} in {lang}",
     "Write a simple {lang} example of", "Write a {lang} loop that", "Convert this {lang} code to",
 ]  # fmt: skip
-_TOPICS = [
+TOPICS = [
     "the solar system", "healthy food", "climate change", "Roman history", "job interviews", "gardening",
     "dogs",
     "music", "the ocean", "learning languages", "electric cars", "photography", "small businesses", "sleep",
@@ -129,9 +129,9 @@ def openers(seed: int):
         kind = rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]
         if kind == "code":
             template = rng.choice(_CODE)
-            text = template.format(lang=rng.choice(_LANGUAGES), code=rng.choice(_CODE_TOPICS))
+            text = template.format(lang=rng.choice(_LANGUAGES), code=rng.choice(_CODETOPICS))
         else:
-            text = rng.choice(_OPENERS[kind]).format(topic=rng.choice(_TOPICS))
+            text = rng.choice(_OPENERS[kind]).format(topic=rng.choice(TOPICS))
         yield Opener(kind, text)
 
 
