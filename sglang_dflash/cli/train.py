@@ -152,7 +152,7 @@ def main(argv: list[str]) -> int:
     o = CliApp.run(TrainOptions, cli_args=argv)
     import torch
 
-    from sglang_dflash.train import batches, report
+    from sglang_dflash.train import batches, parallel, report
     from sglang_dflash.train.features import FeatureWriter
     from sglang_dflash.train.loss import LossSettings
     from sglang_dflash.train.target import DenseTarget
@@ -196,6 +196,7 @@ def main(argv: list[str]) -> int:
     (o.out / "options.json").write_text(json.dumps({"started": time.time(), **options}, indent=1) + "\n")
     with view:
         best = trainer.run()
-    report.plot(o.out)
-    print(f"best held-out accept length {best:.3f} (chain); drafter: {o.out / 'best'}")
+    if parallel.is_main():
+        report.plot(o.out)
+        print(f"best held-out accept length {best:.3f} (chain); drafter: {o.out / 'best'}")
     return 0

@@ -61,7 +61,7 @@ class Shard:
 def write_atomically(path: Path, write) -> None:
     """Call ``write(temporary path)``, then rename: a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -23,6 +23,17 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def agree(value: float) -> float:
+    """The main process's ``value`` in every process: clocks differ, loop ends must not."""
+    if not dist.is_initialized():
+        return value
+    box = torch.tensor([value], dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        box = box.cuda()
+    dist.broadcast(box, 0)
+    return float(box)
+
+
 def average_gradients(params: list[nn.Parameter]) -> None:
     """Mean of every gradient over the processes (one flat all-reduce)."""
     if not dist.is_initialized():

@@ -181,7 +181,7 @@ class Trainer:
             point = self.train_step()
             self.step += 1
             now = time.monotonic()
-            self.elapsed += now - clock
+            self.elapsed = parallel.agree(self.elapsed + now - clock)
             clock = now
             if self._due("eval", self.s.eval_every) and self.progress() < 1:
                 self.evaluate(point)

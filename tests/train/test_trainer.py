@@ -103,6 +103,28 @@ def losses_or_none(out) -> list[str]:
     return [line for line in (out / "log.jsonl").read_text().split("\n")[:-1] if line]
 
 
+@pytest.mark.slow
+def test_two_processes_train_one_drafter(corpus_dir, target_dir, tmp_path):
+    """As ``accelerate launch`` starts them: both take every step, one writes."""
+    args = options(corpus_dir, target_dir, tmp_path, steps=6)
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29511",
+    }
+    command = [sys.executable, "-m", "sglang_dflash.cli.main", "train", *args]
+    runs = [
+        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
+        for r in range(2)
+    ]
+    for run in runs:
+        _, error = run.communicate(timeout=240)
+        assert run.returncode == 0, error.decode()[-500:]
+    assert [step for step, _ in losses(tmp_path)] == [*range(6), 6]
+    assert load_drafter(tmp_path / "best").config.layers == 1
+
+
 def test_resume_refuses_other_settings(corpus_dir, target_dir, tmp_path, capsys):
     assert main(["train", *options(corpus_dir, target_dir, tmp_path, steps=5)]) == 0
     assert main(["train", *options(corpus_dir, target_dir, tmp_path, steps=5, rate=1e-4)]) == 2
