@@ -1,8 +1,9 @@
 """``python -m sglang.launch_server`` with a quiet Ctrl-C: what ``sglang-dflash serve`` turns into.
 
-Python's own SIGINT handler ends SGLang with a traceback, at any stage of its start and after uvicorn's
-orderly shutdown. Leaving through SystemExit instead runs the same ``finally`` blocks, which end the
-server's children.
+A terminal sends SIGINT to every process of the server. Python's own handler then ends each with a
+traceback, at any stage of its start and, in the main process, even after uvicorn's orderly shutdown.
+Here the main process leaves through SystemExit, which runs the ``finally`` blocks that end its children,
+and the children do not see the signal.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import runpy
 import signal
 import sys
+import threading
+from multiprocessing.process import BaseProcess
 from types import FrameType
 
 _INTERRUPTED = 128 + signal.SIGINT
+_start = BaseProcess.start
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -21,7 +25,19 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     sys.exit(_INTERRUPTED)
 
 
-# SGLang's children import this module under another name and keep their own handlers.
+def _start_deaf(process: BaseProcess) -> None:
+    """Start a child that inherits an ignored SIGINT; only the main thread may change handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        _start(process)
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _start(process)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, _stop)
+    BaseProcess.start = _start_deaf  # type: ignore[assignment, method-assign]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
