@@ -62,10 +62,13 @@ def assert_equal_to_heap(tree, anchor, logprobs, ids, N, bonus, keep_spine) -> N
     bonus_scale=st.sampled_from([None, 0.3, 3.0]),
     holes=st.sampled_from([None, float("nan"), float("-inf")]),
     keep_spine=st.booleans(),
+    ascending=st.booleans(),
 )
-def test_equals_heap(backend, bs, L, K, N, seed, step, bonus_scale, holes, keep_spine):
+def test_equals_heap(backend, bs, L, K, N, seed, step, bonus_scale, holes, keep_spine, ascending):
     anchor, logprobs, ids = candidates(bs, L, K, seed, step)
     g = torch.Generator().manual_seed(seed + 1)
+    if ascending:  # against the contract: a rank then counts as no likelier than the one before it
+        logprobs = logprobs.flip(2).contiguous()
     bonus = None if bonus_scale is None else bonus_scale * torch.randn(L, generator=g)
     if holes is not None:
         logprobs[torch.rand(logprobs.shape, generator=g) < 0.15] = holes

@@ -38,8 +38,9 @@ def _chunk(
         values, ids = stable_topk(logits, k)
         return values, ids, _log_z(logits, values, ids)
     # A bf16 matmul rounds logits near 20 to steps of 1/8, which would blur the tree's scores. Pick twice as
-    # many candidates as needed from the rounded logits and recompute those few in float32.
-    _, picks = stable_topk(logits, min(2 * k, head.shape[0]))
+    # many candidates as needed from the rounded logits and recompute those few in float32. A single candidate
+    # is not ranked: there the rounded logits decide, as in an engine's own greedy draft head.
+    _, picks = stable_topk(logits, 1 if k == 1 else min(2 * k, head.shape[0]))
     picks = picks.sort(dim=1).values
     exact = (head[picks].float() * hidden.float()[:, None]).sum(2)
     logits.scatter_(1, picks, exact)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dflash_kernels._dispatch import use_triton
 from dflash_kernels.tree import num_words
 from dflash_kernels.tree_attn.reference import TorchPlan, torch_plan
+from dflash_kernels.tree_attn.workspace import TreeAttentionWorkspace
 
-__all__ = ["TorchPlan", "torch_plan", "tree_attention"]
+__all__ = ["TorchPlan", "TreeAttentionWorkspace", "torch_plan", "tree_attention"]
 
 MAX_NODES = 128
 
@@ -32,7 +35,7 @@ def tree_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     out: torch.Tensor | None = None,
-    workspace: object | None = None,
+    workspace: TreeAttentionWorkspace | None = None,
     plan: TorchPlan | None = None,
 ) -> torch.Tensor:
     """Every node attends to its request's whole prefix and, within the draft block, to its ancestors.
@@ -64,11 +67,11 @@ def tree_attention(
         [bs * N, Hq, Dv], q's dtype.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or the device cannot read the cache's type.
     """
     bs = kv_indptr.shape[0] - 1
     _check(q, k_new, v_new, k_cache, v_cache, bs, ancestors, depth, sliding_window)
-    common = dict(  # noqa: C408
+    common: dict[str, Any] = dict(  # noqa: C408
         ancestors=ancestors,
         sm_scale=sm_scale,
         depth=depth,

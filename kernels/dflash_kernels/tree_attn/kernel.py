@@ -417,6 +417,14 @@ def tree_attention_triton(
     N, Hkv, DV = tokens // bs, k_new.shape[1], v_new.shape[2]
     G = Hq // Hkv
     rows = N * G
+    if (
+        k_cache.dtype == torch.float8_e4m3fn
+        and q.is_cuda
+        and torch.cuda.get_device_capability(q.device) < (8, 9)
+    ):
+        raise ValueError(
+            "an fp8 e4m3 KV cache needs compute capability 8.9 or later; use --kv-cache-dtype auto"
+        )
     config = config or tile_config(architecture(q.device), max(DK, DV), rows, k_cache.element_size())
     splits = num_splits or plan_splits(bs, Hkv, rows, config, q.device)
     out = q.new_empty(tokens, Hq, DV) if out is None else out
