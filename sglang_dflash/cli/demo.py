@@ -5,7 +5,8 @@ through the ``openai`` client, streamed. Outputs must be the same: where two dif
 own logit gap at the first different token must be within the dtype's rounding (a near-tie). Exit code
 1 when one is not.
 
-Writes out/demo.png (accept length by prompt kind) and out/demo.json (everything measured).
+Writes out/demo.png (accept length by prompt kind), out/demo.txt (the table) and out/demo.json
+(everything measured).
 """
 
 from __future__ import annotations
@@ -237,7 +238,9 @@ def main(argv: list[str]) -> int:
         plain = measure(plan, "plain", progress)
         other = measure(plan, plan.mode, progress)
         verdicts = compare(plan, plain, other, progress)
-    show(plan, plain, other, verdicts, console)
+    report = Console(record=True, width=min(console.width, 100))
+    show(plan, plain, other, verdicts, report)
+    (plan.out / "demo.txt").write_text(report.export_text())
     for path in write(plan, plain, other, verdicts):
         console.print(f"wrote {path}", highlight=False)
     return 0 if tally(verdicts).ok else 1

@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,7 +103,6 @@ def curl_line(url: str, model: str) -> str:
 
 def _announce(url: str, model: str, server: int) -> None:
     """Wait for the server of process ``server`` and print the curl line; runs in a process of its own."""
-    start = time.monotonic()
 
     def alive() -> bool:
         try:
@@ -115,8 +113,7 @@ def _announce(url: str, model: str, server: int) -> None:
 
     try:
         if wait_ready(url, alive, _READY_SECONDS):
-            seconds = time.monotonic() - start
-            print(f"\nready after {seconds:.0f} s. Try it:\n\n  {curl_line(url, model)}\n", flush=True)
+            print(f"\nready. Try it:\n\n  {curl_line(url, model)}\n", flush=True)
     except TimeoutError:
         print(f"{url} is not ready after {_READY_SECONDS:.0f} s; see the log above", flush=True)
 
