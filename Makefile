@@ -17,7 +17,7 @@ MINUTES ?= 30
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo serve bench fetch test test-full lint format lock clean
+.PHONY: help install demo serve bench readme fetch test test-full lint format lock clean
 
 help:  ## what can be made here
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|'
@@ -52,6 +52,9 @@ serve: fetch  ## an OpenAI-compatible server with draft trees
 bench: fetch  ## throughput, latency and accept length at concurrency 1 to 16
 	$(PY) benchmarks/serving.py --minutes $(MINUTES) $(ARGS)
 
+readme:  ## put what make demo and make bench measured into README.md
+	$(PY) benchmarks/readme.py
+
 # One thread: the tests share their cores with the servers they start.
 test: fetch  ## everything that runs in 25 minutes on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow and not gpu" $(ARGS)
@@ -68,7 +71,7 @@ format: $(STAMP)  ## format and fix in place
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-# SGLang ships wheels for manylinux_2_34; the lock names no index, so it works with anyone's.
+# SGLang has wheels for manylinux_2_34; the lock names no index, so it works with anyone's.
 lock:  ## resolve requirements.lock again
 	uv pip compile pyproject.toml --extra train --extra dev --generate-hashes --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_34 --no-header --no-annotate -q -o requirements.lock
