@@ -23,7 +23,7 @@ pytestmark = pytest.mark.server
 Serving = Callable[..., AbstractContextManager[Client]]
 
 BATCHES = (1, 4, 8)
-NEW_TOKENS = 48
+NEW_TOKENS = 32
 PROMPTS = 102
 LOGPROB_PROMPTS = 6
 
