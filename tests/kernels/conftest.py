@@ -16,6 +16,7 @@ from dflash_kernels._dispatch import interpreting
 from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("DFLASH_TEST_SEED") or random.SystemRandom().randrange(2**31))
+os.environ["DFLASH_TEST_SEED"] = str(SEED)  # for the interpreter's process
 settings.register_profile(
     "kernels",
     deadline=None,

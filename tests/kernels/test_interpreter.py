@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SEED
 from dflash_kernels._dispatch import interpreting
 
 
@@ -22,11 +21,10 @@ def test_triton_kernels_in_the_interpreter():
         **os.environ,
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "DFLASH_TEST_SEED": str(SEED),
     }
     here = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no", str(here)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", str(here)],
         env=env,
         cwd=here.parent.parent,
         capture_output=True,
