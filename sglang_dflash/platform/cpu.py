@@ -66,7 +66,7 @@ class DFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return algorithm in SUPPORTED_ALGORITHMS
 
     def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
-        return backend == ATTENTION_BACKEND
+        return backend == ATTENTION_BACKEND or server_defaults.is_interpreted(backend)
 
     def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
         from sglang_dflash.platform.slots import extend_cache_locs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from sglang_dflash.platform import ATTENTION_BACKEND
@@ -9,6 +10,11 @@ from sglang_dflash.platform import ATTENTION_BACKEND
 #: Backends that run here: ours, and SGLang's slower one for plain decoding.
 USABLE_BACKENDS = (None, ATTENTION_BACKEND, "torch_native")
 KV_CACHE_DTYPES = (None, "auto", "bf16", "bfloat16")
+
+
+def is_interpreted(backend: str | None) -> bool:
+    """SGLang's Triton backend runs where Triton's interpreter does: slow, for tests of the GPU path."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def offer_attention_backend() -> None:
@@ -36,7 +42,7 @@ def apply(server_args: Any) -> None:
     """
     raw = getattr(server_args, "_raw_input", None) or {}
     for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
-        _refuse_unless(raw.get(field) in USABLE_BACKENDS, field, raw)
+        _refuse_unless(raw.get(field) in USABLE_BACKENDS or is_interpreted(raw.get(field)), field, raw)
     _refuse_unless(raw.get("kv_cache_dtype") in KV_CACHE_DTYPES, "kv_cache_dtype", raw)
     if raw.get("attention_backend") is None:
         server_args.attention_backend = ATTENTION_BACKEND

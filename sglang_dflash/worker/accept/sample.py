@@ -71,9 +71,18 @@ def filtered_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor
     return torch.zeros_like(probs).scatter_(1, order, ranked * keep)
 
 
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """int64 [rows], the lowest id among equals, as plain decoding takes it.
+
+    On CPU torch scans bfloat16 row by row without vector instructions: 5.7 ms for 32 rows of 49,152
+    against 1.6 ms in float32.
+    """
+    return (logits if logits.is_cuda else logits.float()).argmax(dim=-1)
+
+
 def sample_nodes(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """int64 [rows]: argmax where top_k is 1, else one exact sample (exponential race, no host sync)."""
-    greedy = logits.argmax(dim=-1)
+    greedy = argmax(logits)
     if params.all_greedy:
         return greedy
     probs = filtered_probs(logits, params)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dflash_kernels import Accepted, DraftTree, accept_tree
 
-from sglang_dflash.worker.accept.sample import sample_nodes
+from sglang_dflash.worker.accept.sample import argmax, sample_nodes
 from sglang_dflash.worker.step import Step
 from sglang_dflash.worker.verify import Verified
 
@@ -29,7 +29,7 @@ class AcceptStage:
         params = self.bridge.sampling_params(batch)
         nodes = step.width.nodes
         chosen = (
-            verified.logits.argmax(dim=-1)
+            argmax(verified.logits)
             if params is None or params.all_greedy
             else sample_nodes(verified.logits, params.per_node(nodes))
         ).view(-1, nodes)
