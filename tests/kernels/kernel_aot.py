@@ -46,11 +46,12 @@ class Spec:
     constants: dict[str, object]
     options: dict[str, int]
     tensor_core: bool = False
+    multiples_of_16: tuple[str, ...] = ()  # besides every pointer and stride
     per_sm: int | None = None  # programs the launch plan counts on per multiprocessor
 
 
 def compile_spec(spec: Spec) -> Resources:
-    """Compiles for `spec.arch` as the launcher would: pointers and strides are multiples of 16."""
+    """Compiles for `spec.arch` with the hints that the launcher derives from 16-byte multiples."""
     names = [p.name for p in spec.kernel.params]
     signature, attrs = {}, {}
     for i, name in enumerate(names):
@@ -58,7 +59,7 @@ def compile_spec(spec: Spec) -> Resources:
             signature[name] = "constexpr"
             continue
         signature[name] = spec.types[name]
-        if spec.types[name].startswith("*") or name.startswith("stride"):
+        if spec.types[name].startswith("*") or name.startswith("stride") or name in spec.multiples_of_16:
             attrs[(i,)] = [["tt.divisibility", 16]]
     constants = {(names.index(n),): v for n, v in spec.constants.items()}
     compiled = triton.compile(

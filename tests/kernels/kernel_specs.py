@@ -169,7 +169,7 @@ def topk_spec(arch: int, rows: int, k: int = 16) -> Spec:
             **_strides(topk.head_topk_kernel),
         },
         constants={
-            "SPANS": 264,
+            "SPANS": 132,
             "KP": k,
             "BT": rows,
             "BV": topk.BLOCK_V,
@@ -179,6 +179,7 @@ def topk_spec(arch: int, rows: int, k: int = 16) -> Spec:
             "UPCAST": False,
         },
         options={"num_warps": topk.WARPS, "num_stages": topk.STAGES},
+        multiples_of_16=("H",),
         tensor_core=True,
     )
 
@@ -193,7 +194,7 @@ def topk_merge_spec(arch: int) -> Spec:
             **dict.fromkeys(("keys_ptr", "ids_ptr"), "*i64"),
             **dict.fromkeys(("max_ptr", "sum_ptr", "values_ptr", "log_z_ptr"), "*fp32"),
         },
-        constants={"SPANS": 264, "SPANS_P": 512, "K": 16, "KP": 16, "CHUNK": 1024},
+        constants={"SPANS": 132, "SPANS_P": 256, "K": 16, "KP": 16, "CHUNK": 1024},
         options={"num_warps": 4},
     )
 

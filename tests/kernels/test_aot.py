@@ -51,6 +51,12 @@ def test_the_prefix_loop_copies_ahead():
     assert got.shared >= 3 * tile
 
 
+def test_the_head_streams_its_weights():
+    """Asynchronous copies need the hint that H is a multiple of 16; without them every load would stall."""
+    got = compile_spec(next(s for s in FAST if s.name == "topk-sm90-rows64-k16"))
+    assert "LDGSTS" in got.opcodes
+
+
 def test_the_spill_check_can_fail():
     """A tile far too large for its warps is reported, so a silent zero would show."""
     import dataclasses

@@ -16,7 +16,7 @@ from dflash_kernels._dispatch import interpreting
 from dflash_kernels.tree_attn.configs import sm_count
 
 BLOCK_V, BLOCK_H = 128, 64
-WARPS, STAGES = 4, 4
+WARPS, STAGES = 8, 4  # four warps would spill in the top-K of a 64-row tile
 _MERGE_CHUNK = 1024
 
 
@@ -152,7 +152,7 @@ def draft_topk_triton(
     KP = max(triton.next_power_of_2(k), 2)
     BT = min(max(triton.next_power_of_2(T), 16), 64)
     row_blocks, tiles = triton.cdiv(T, BT), triton.cdiv(V, BLOCK_V)
-    tiles_per_span = triton.cdiv(tiles, max(min(tiles, 2 * sm_count(device) // row_blocks), 1))
+    tiles_per_span = triton.cdiv(tiles, max(min(tiles, sm_count(device) // row_blocks), 1))
     spans = triton.cdiv(tiles, tiles_per_span)
     keys = torch.empty(T, spans, KP, dtype=torch.int64, device=device)
     partial = torch.empty(2, T, spans, dtype=torch.float32, device=device)
