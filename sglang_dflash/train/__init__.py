@@ -1,1 +1,1 @@
-"""TODO"""
+"""Train a DFlash drafter for a target: corpus, model, recipe, judging (docs/training.md)."""
