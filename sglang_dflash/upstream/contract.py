@@ -138,6 +138,20 @@ WORKER: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# The seam of upstream/triton_seam.py, checked where the Triton backend serves.
+_TRITON = "sglang.srt.layers.attention.triton_backend.TritonAttnBackend"
+TRITON: dict[str, tuple[str, ...]] = {
+    f"{_TRITON}.__init__": ("self", "model_runner"),
+    f"{_TRITON}.forward_extend": ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "sinks"),
+    # The function that ours takes the place of: same arguments in the same order.
+    "sglang.kernels.ops.attention.verify_splitkv.verify_splitkv_fwd": (
+        *("q_extend", "k_extend", "v_extend", "o_extend", "k_buffer", "v_buffer"),
+        *("qo_indptr", "kv_indptr", "kv_indices", "custom_mask", "is_causal", "mask_indptr"),
+        *("max_len_extend", "k_scale", "v_scale", "sm_scale", "logit_cap", "sliding_window_size", "sinks"),
+        *("window_kv_offsets", "xai_temperature_len", "max_bs"),
+    ),
+}
+
 
 def broken(table: dict[str, tuple[str, ...]]) -> list[str]:
     """One line per name that is gone or has lost a parameter."""
@@ -174,3 +188,8 @@ def check() -> None:
 def check_worker() -> None:
     """Check the worker's contract (imports model code). Raises UserError."""
     _raise_if_broken(WORKER)
+
+
+def check_triton() -> None:
+    """Check the Triton backend's contract. Raises UserError."""
+    _raise_if_broken(TRITON)

@@ -15,6 +15,7 @@ from dflash_kernels import DraftTree, num_words, tree_attention
 from dflash_kernels.tree_attn.workspace import TreeAttentionWorkspace
 
 from sglang_dflash.errors import UserError
+from sglang_dflash.upstream.contract import check_triton
 from sglang_dflash.worker.step import Width
 
 
@@ -168,6 +169,7 @@ def install(target: Any, drafter: Any, width: Width) -> TreeBuffers:
     Raises:
         UserError: a backend without the seam, or MLA.
     """
+    check_triton()
     max_bs = int(target.req_to_token_pool.size)
     buffers = TreeBuffers(max_bs, width.nodes, target.device)
     _put(target, buffers, width.nodes, max_bs)

@@ -17,6 +17,10 @@ def test_worker_contract_holds() -> None:
     assert contract.broken(contract.WORKER) == []
 
 
+def test_triton_seam_holds() -> None:
+    assert contract.broken(contract.TRITON) == []
+
+
 def test_every_hooked_function_is_under_contract() -> None:
     assert set(hooks._table()) | {hooks.SERVER_INFO} <= set(contract.LIGHT) | set(contract.WORKER)
 
