@@ -65,8 +65,12 @@ class TensorEntry(BaseModel):
     data_offsets: tuple[int, int]
 
 
+@lru_cache(maxsize=8)
 def resolve_folder(path: str, revision: str | None = None) -> Path:
-    """The local folder of a drafter: a folder as it is, a hub name from the local cache or the hub."""
+    """The local folder of a drafter: a folder as it is, a hub name from the local cache or the hub.
+
+    Remembered: the scheduler asks for the block size in every decode step.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

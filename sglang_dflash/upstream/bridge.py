@@ -25,6 +25,7 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import is_dense_head_weight
 from sglang.srt.speculative.dflash_worker_v2 import _resolve_dflash_embedding_module
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
 
 from sglang_dflash.errors import UserError
@@ -90,8 +91,26 @@ class Bridge:
     # -- set-up -----------------------------------------------------------------
 
     def backend_name(self) -> str:
-        backend = getattr(self.target, "attn_backend", None)
-        return type(backend).__name__ if backend is not None else "not built yet"
+        return type(self.target.attn_backend).__name__
+
+    def check_served(self) -> None:
+        """Refuse at start what a step could only trip over. Raises UserError."""
+        self.target_caches()
+        self._head()
+
+    def _head(self) -> Any:
+        """The target's head with dense weights.
+
+        Raises UserError when it is quantised.
+        """
+        head = unwrap_lora_layer(self.target.model.lm_head)
+        weight = getattr(head, "weight", None)
+        if weight is None or not is_dense_head_weight(weight):
+            raise UserError(
+                "draft trees need a target head with dense weights (bf16, fp16 or fp32); "
+                "set SGLANG_DFLASH_MODE=chain"
+            )
+        return head
 
     def install_tree_attention(self, width: Width) -> None:
         """Make sure that the target's attention sees trees; there is no silent causal fallback.
@@ -207,13 +226,8 @@ class Bridge:
         Returns:
             logprobs float32 [T, K] descending and token ids int64 [T, K], equal on all ranks.
         """
-        head = unwrap_lora_layer(self.target.model.lm_head)
-        weight = getattr(head, "weight", None)
-        if weight is None or not is_dense_head_weight(weight):
-            raise UserError(
-                "draft trees need a target head with dense weights (bf16, fp16 or fp32); "
-                "set SGLANG_DFLASH_MODE=chain"
-            )
+        head = self._head()
+        weight = head.weight
         shard = getattr(head, "shard_indices", None)
         parallel = get_parallel()
         sharded = parallel.tp_size > 1 and shard is not None
@@ -333,6 +347,11 @@ class Bridge:
     def remember(self, batch: Any, step: Step, accepted: Accepted) -> None:
         """Note the step's tokens; they stand behind the anchor, which is already there."""
         self.history().write(batch.req_pool_indices, step.prefix_lens + 1, accepted.out_tokens)
+
+    def agree(self, chosen: torch.Tensor, sampled: bool) -> None:
+        """Make every tensor-parallel rank use rank 0's tokens, in place, as upstream's chain does."""
+        site = SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE if sampled else SpecTpSyncSite.DFLASH_ACCEPT_GREEDY
+        self.worker._tp_sync.sync(site, chosen)
 
     def sampling_params(self, batch: Any) -> SamplingParams | None:
         info = batch.sampling_info

@@ -119,6 +119,7 @@ WORKER: dict[str, tuple[str, ...]] = {
         "sampling_batch_info",
         "num_tokens_in_batch",
     ),
+    "sglang.srt.speculative.spec_tp_sync.SpecTpSync.sync": ("self", "site"),
     "sglang.srt.speculative.spec_utils.GrammarTree.from_device": (
         "retrieve_next_token",
         "retrieve_next_sibling",

@@ -57,12 +57,6 @@ class TreeWorker(DFlashWorkerV2):
         self.verify = VerifyStage(self.bridge)
         self.accept = AcceptStage(self.bridge)
         self.commit = CommitStage(self.bridge)
-        announce_tree(
-            num_nodes=self.max_width.nodes,
-            block=self.max_width.block,
-            dtype=self.model_runner.dtype,
-            backend=self.bridge.backend_name(),
-        )
 
     # -- set-up, B wide ---------------------------------------------------------
 
@@ -79,6 +73,13 @@ class TreeWorker(DFlashWorkerV2):
         with self._drafter_width():
             result = super().init_attention_backends()
         self.bridge.install_tree_attention(self.max_width)
+        self.bridge.check_served()
+        announce_tree(
+            num_nodes=self.max_width.nodes,
+            block=self.max_width.block,
+            dtype=self.model_runner.dtype,
+            backend=self.bridge.backend_name(),
+        )
         return result
 
     def init_cuda_graphs(self) -> Any:

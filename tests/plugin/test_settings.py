@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from sglang_dflash import settings
 from sglang_dflash.errors import UserError
 from sglang_dflash.settings import get_settings
 
@@ -44,3 +45,10 @@ def test_names_of_others_with_our_prefix(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SGLANG_DFLASH_EAGER_DRAFT_SAMPLER", "1")
     monkeypatch.setenv("SGLANG_DFLASH_CACHE", "/tmp/somewhere")
     assert get_settings().mode == "tree"
+
+
+def test_limits_are_the_kernels() -> None:
+    from dflash_kernels import head_topk, tree_attn, tree_build
+
+    assert settings.MAX_NODES == tree_build.MAX_NODES == tree_attn.MAX_NODES
+    assert settings.MAX_CANDIDATES == head_topk.MAX_K

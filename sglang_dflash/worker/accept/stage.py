@@ -28,10 +28,11 @@ class AcceptStage:
         """Returns the accepted path and the target's tokens, int64 [bs, N]."""
         params = self.bridge.sampling_params(batch)
         nodes = step.width.nodes
-        chosen = (
-            argmax(verified.logits)
-            if params is None or params.all_greedy
-            else sample_nodes(verified.logits, params.per_node(nodes))
-        ).view(-1, nodes)
+        if params is None or params.all_greedy:
+            chosen = argmax(verified.logits)
+        else:
+            chosen = sample_nodes(verified.logits, params.per_node(nodes))
+        self.bridge.agree(chosen, sampled=params is not None and not params.all_greedy)
+        chosen = chosen.view(-1, nodes)
         accepted = accept_tree(tree, chosen, step.prefix_lens, max_depth=step.width.depth)
         return accepted, chosen

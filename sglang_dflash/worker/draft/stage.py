@@ -27,7 +27,7 @@ class Candidates:
 
 
 class DraftStage:
-    """Owns the block's ids and positions, which a captured drafter graph reads in place.
+    """Owns the block's ids and positions.
 
     Args:
         bridge: the way to SGLang's drafter and the target's head.
