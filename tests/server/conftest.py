@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from sglang_dflash.client import fast_start
+from sglang_dflash.client.ports import free_port
 from sglang_dflash.client.server import Server
 from sglang_dflash.models.fetch import fetch
 from sglang_dflash.models.registry import SMOLLM2
 from tests import tiny
 from tests.server.support import Client
-
-PORTS = iter(range(31300, 31400))
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +58,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractC
 
     @contextmanager
     def serve(name: str, args: list[str], **env: str | None) -> Iterator[Client]:
-        port = next(PORTS)
+        port = free_port()
         with Server(args, port=port, log=logs / f"{port}-{name}.log", env=quick | env) as server:
             yield Client(server)
 
