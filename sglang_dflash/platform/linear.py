@@ -7,10 +7,15 @@ is most of the time: over the 121 products of SmolLM2-135M in bfloat16 on one AV
 The packed product is also row-invariant: a row's result has the same bits whatever the
 number of rows (measured for 1 to 128 rows; one row alone takes another kernel in float32
 for some shapes, and a slower one in bfloat16, so fewer than ``MIN_ROWS`` are padded).
+
+A CPU without bfloat16 instructions emulates them: on a 2.5 GHz Xeon with AVX-512 only, 22 GFLOP/s
+against 72 in float32 (32 rows). There 16-bit weights are packed as float32, the sums are float32 as
+before and the result is rounded to the layer's dtype.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -21,23 +26,40 @@ logger = logging.getLogger(__name__)
 MIN_ROWS = 4
 #: Rows that the blocked layout is chosen for.
 _HINT_ROWS = 16
-_DTYPES = (torch.bfloat16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether the CPU has bfloat16 matrix instructions (AVX512-BF16, AMX or Arm's)."""
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def packed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a layer of ``dtype`` is multiplied."""
+    return dtype if dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor | None:
-    """``weight`` ``[out, in]`` in the blocked layout, or None where oneDNN cannot use one."""
+    """``weight`` ``[out, in]`` in the blocked layout, or None where oneDNN cannot use one.
+
+    The result has the dtype ``packed_dtype`` names.
+    """
     if weight.device.type != "cpu" or weight.dtype not in _DTYPES or weight.dim() != 2:
         return None
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _HINT_ROWS)
+    plain = weight.detach().to(packed_dtype(weight.dtype)).contiguous()
+    return torch.ops.mkldnn._reorder_linear_weight(plain, _HINT_ROWS)
 
 
 def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``. x: ``[..., in]`` in the weight's dtype; returns ``[..., out]``."""
+    """``x @ weight.T + bias``. x: ``[..., in]``; returns ``[..., out]`` in x's dtype."""
     rows = x.shape[0]
     if x.dim() != 2:
         return packed_linear(x.reshape(-1, x.shape[-1]), packed, bias).view(*x.shape[:-1], -1)
+    if x.dtype != packed.dtype:
+        wide = None if bias is None else bias.to(packed.dtype)
+        return packed_linear(x.to(packed.dtype), packed, wide).to(x.dtype)
     if rows < MIN_ROWS:
         x = torch.constant_pad_nd(x, (0, 0, 0, MIN_ROWS - rows))
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")[:rows]
@@ -88,7 +110,7 @@ def pack_model(model: torch.nn.Module) -> int:
     import psutil
 
     targets = _packable(model)
-    size = sum(m.weight.numel() * m.weight.element_size() for m, _ in targets)
+    size = sum(m.weight.numel() * packed_dtype(m.weight.dtype).itemsize for m, _ in targets)
     if size > psutil.virtual_memory().available // 2:
         logger.warning(
             "CPU platform: no memory for a packed copy of %.1f GiB of weights; passes will be slower and "

@@ -22,7 +22,7 @@ def packed_or_skip(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 3, 4, 32])
 def test_packed_linear_is_the_product(dtype: torch.dtype, shape: tuple[int, int], rows: int) -> None:
@@ -39,7 +39,7 @@ def test_packed_linear_is_the_product(dtype: torch.dtype, shape: tuple[int, int]
     torch.testing.assert_close(with_bias, expected + bias.double(), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_packed_row_does_not_depend_on_the_rows_beside_it(
     dtype: torch.dtype, shape: tuple[int, int]
@@ -53,9 +53,20 @@ def test_a_packed_row_does_not_depend_on_the_rows_beside_it(
         assert torch.equal(packed_linear(x[:rows].contiguous(), packed), together[:rows]), rows
 
 
-def test_float16_and_odd_weights_are_left_alone() -> None:
-    assert pack(torch.zeros(8, 8, dtype=torch.float16)) is None
+def test_odd_weights_are_left_alone() -> None:
+    assert pack(torch.zeros(8, 8, dtype=torch.int8)) is None
     assert pack(torch.zeros(8)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_products_are_rounded_once(dtype: torch.dtype) -> None:
+    """With or without the CPU's 16-bit instructions: float32 sums, then one rounding."""
+    weight, x = torch.randn(33, 64).to(dtype), torch.randn(8, 64).to(dtype)
+    exact = x.double() @ weight.double().T
+    got = packed_linear(x, packed_or_skip(weight))
+    assert got.dtype == dtype
+    spacing = torch.finfo(dtype).eps * exact.abs().clamp(min=0.05)
+    assert bool(((got.double() - exact).abs() <= 0.51 * spacing + 1e-5).all())
 
 
 def test_head_logits_takes_the_packed_head_and_works_without_one() -> None:
