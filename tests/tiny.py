@@ -18,6 +18,16 @@ from safetensors.torch import save_file
 NUM_BYTES = 256
 PAD_ID, BOS_ID, EOS_ID, MASK_ID = 256, 257, 258, 259
 
+
+# The byte alphabet in its own order: bytes that print first, then the others.
+_BYTES = sorted(range(NUM_BYTES), key=lambda b: (not (33 <= b <= 126 or 161 <= b != 173), b))
+
+
+def tokens_of(text: bytes) -> list[int]:
+    """The token ids of bytes in :func:`build_target`'s tokenizer."""
+    return [_BYTES.index(byte) for byte in text]
+
+
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"

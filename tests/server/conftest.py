@@ -16,7 +16,7 @@ from sglang_dflash.client.server import Server
 from sglang_dflash.models.fetch import fetch
 from sglang_dflash.models.registry import SMOLLM2
 from tests import tiny
-from tests.server.support import Client
+from tests.server.support import ROOT, Client, Pair, dflash_args, tiny_args
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +70,33 @@ def launch(serving: Callable[..., AbstractContextManager[Client]]) -> Iterator[C
     """``launch(name, args, **env)`` starts a server that lives as long as the test module."""
     with ExitStack() as stack:
         yield lambda name, args, **env: stack.enter_context(serving(name, args, **env))
+
+
+@pytest.fixture(scope="session")
+def tiny_plain(
+    serving: Callable[..., AbstractContextManager[Client]], tiny_pair: tuple[Path, Path]
+) -> Iterator[Client]:
+    """Plain decoding without overlap, where SGLang's penalties count every token."""
+    parser = ["--tool-call-parser", "qwen"]
+    with serving("tiny-plain", tiny_args(tiny_pair[0], "--disable-overlap-schedule", *parser)) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_tree(
+    serving: Callable[..., AbstractContextManager[Client]], tiny_pair: tuple[Path, Path]
+) -> Iterator[Client]:
+    """Trees whose candidates come from the request itself (tests/server/oracle.py), with overlap."""
+    target, drafter = tiny_pair
+    with serving(
+        "tiny-tree",
+        tiny_args(target, *dflash_args(drafter, 24), "--page-size", "1", "--tool-call-parser", "qwen"),
+        SGLANG_DFLASH_CANDIDATES="tests.server.oracle:candidates",
+        PYTHONPATH=str(ROOT),
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_servers(tiny_plain: Client, tiny_tree: Client) -> Pair:
+    return Pair(tiny_plain, tiny_tree)

@@ -1,26 +1,18 @@
 """Candidates from known answers: forces accepted paths through chosen ranks of the tree.
 
-Loaded in the scheduler by ``SGLANG_DFLASH_CANDIDATES=tests.server.oracle:candidates``. The file
-named by ``DFLASH_TEST_ORACLE`` maps a prompt's ids (joined by spaces) to plain decoding's output.
+Loaded in the scheduler by ``SGLANG_DFLASH_CANDIDATES=tests.server.oracle:candidates``. A request
+brings its answer along, plain decoding's output, as ``custom_params={"answer": [...]}`` of its
+sampling parameters; one without keeps the drafter's candidates.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from functools import cache
 from typing import Any
 
 import torch
 
 from sglang_dflash.worker.draft import Candidates
 from sglang_dflash.worker.step import Step
-
-
-@cache
-def _answers() -> dict[str, list[int]]:
-    with open(os.environ["DFLASH_TEST_ORACLE"]) as stream:
-        return json.load(stream)
 
 
 def candidates(drafted: Candidates, step: Step, batch: Any) -> Candidates:
@@ -30,10 +22,12 @@ def candidates(drafted: Candidates, step: Step, batch: Any) -> Candidates:
     through non-spine nodes, whose KV rows have to move. Two of the other candidates are wrong on
     purpose. Depths past four are wrong, so every step ends inside the tree.
     """
-    logprobs = torch.full_like(drafted.logprobs, -1e4)
-    ids = drafted.ids.clone()
+    logprobs, ids = drafted.logprobs.clone(), drafted.ids.clone()
     for row, req in enumerate(batch.reqs):
-        answer = _answers().get(" ".join(map(str, req.origin_input_ids)), [])
+        answer = (req.sampling_params.custom_params or {}).get("answer")
+        if answer is None:
+            continue
+        logprobs[row] = -1e4
         # Tokens already committed, the anchor included; the host's own list lags under overlap.
         done = int(step.prefix_lens[row]) + 1 - len(req.origin_input_ids)
         for depth in range(ids.shape[1]):

@@ -26,8 +26,72 @@ class Request:
     max_new_tokens: int
 
 
+def body_of(request: Request, **params: Any) -> dict[str, Any]:
+    """A greedy ``/generate`` body; ``params`` are sampling parameters."""
+    sampling = {"temperature": 0, "max_new_tokens": request.max_new_tokens, **params}
+    return {"input_ids": list(request.ids), "sampling_params": sampling}
+
+
+def with_answer(body: dict[str, Any], answer: Sequence[int]) -> dict[str, Any]:
+    """The body for a server whose candidates come from ``tests.server.oracle``."""
+    sampling = body["sampling_params"] | {"custom_params": {"answer": list(answer)}}
+    return body | {"sampling_params": sampling}
+
+
+#: What a client sees of a reply and what must not depend on how it was decoded.
+META = ("finish_reason", "prompt_tokens", "completion_tokens")
+
+
+def visible(reply: dict[str, Any]) -> dict[str, Any]:
+    return {"text": reply["text"], "output_ids": reply["output_ids"]} | {
+        name: reply["meta_info"][name] for name in META
+    }
+
+
+def accept_length(replies: Sequence[dict[str, Any]]) -> float:
+    """Tokens per verify pass; a request's first token comes from its prefill."""
+    tokens = sum(reply["meta_info"]["completion_tokens"] - 1 for reply in replies)
+    return tokens / max(1, sum(reply["meta_info"].get("spec_verify_ct", 0) for reply in replies))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Plain decoding and a tree server that is told plain decoding's answers."""
+
+    plain: Client
+    tree: Client
+
+    def compare(
+        self,
+        bodies: Sequence[dict[str, Any]],
+        batch: int,
+        answers: Sequence[Sequence[int]] | None = None,
+        at_least: float = 2.5,
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Ask both for the same, compare all that a client sees, return both servers' replies.
+
+        Args:
+            bodies: of ``/generate``.
+            batch: requests in flight at the tree server.
+            answers: what the tree is to draft, where that is more than plain decoding's reply (a
+                draft that goes on past a stop).
+            at_least: accept length below which the drafts were not accepted and nothing was tested.
+        """
+        want = self.plain.post_all(bodies, 4)
+        drafts = answers or [reply["output_ids"] for reply in want]
+        told = [with_answer(body, draft) for body, draft in zip(bodies, drafts, strict=True)]
+        got = self.tree.post_all(told, batch)
+        assert [visible(reply) for reply in got] == [visible(reply) for reply in want]
+        assert accept_length(got) >= at_least
+        return want, got
+
+
 def embedded_args(target: Path, dtype: str, *more: str) -> list[str]:
     return ["--model-path", str(target), "--dtype", dtype, "--max-total-tokens", "24576", *COMMON, *more]
+
+
+def tiny_args(target: Path, *more: str) -> list[str]:
+    return ["--model-path", str(target), "--dtype", "float32", "--max-total-tokens", "4096", *COMMON, *more]
 
 
 def dflash_args(drafter: Path, nodes: int | None = None) -> list[str]:
@@ -50,15 +114,13 @@ class Client:
         reply.raise_for_status()
         return reply.json()
 
-    def generate(self, requests: Sequence[Request], batch: int, **params: Any) -> list[dict[str, Any]]:
-        def one(request: Request) -> dict[str, Any]:
-            return self.post(
-                input_ids=list(request.ids),
-                sampling_params={"temperature": 0, "max_new_tokens": request.max_new_tokens, **params},
-            )
-
+    def post_all(self, bodies: Sequence[dict[str, Any]], batch: int) -> list[dict[str, Any]]:
+        """The replies in order, with ``batch`` requests in flight."""
         with ThreadPoolExecutor(batch) as pool:
-            return list(pool.map(one, requests))
+            return list(pool.map(lambda body: self.post(**body), bodies))
+
+    def generate(self, requests: Sequence[Request], batch: int, **params: Any) -> list[dict[str, Any]]:
+        return self.post_all([body_of(request, **params) for request in requests], batch)
 
     def info(self) -> ServerInfo:
         reply = self.http.get("/server_info")

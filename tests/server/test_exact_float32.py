@@ -58,8 +58,10 @@ def test_outputs_are_identical(batch: int, pair: Pair, tokenizer: Any) -> None:
     [
         {"frequency_penalty": 0.8},
         {"presence_penalty": 0.9},
-        {"repetition_penalty": 1.3},
-        {"frequency_penalty": -0.3, "presence_penalty": 0.5, "repetition_penalty": 1.1, "min_new_tokens": 32},
+        # Not together with the others: without overlap SGLang applies them in the order of a Python
+        # set of classes (sampling/sampling_batch_info.py:276), which differs from start to start.
+        {"repetition_penalty": 1.3, "min_new_tokens": 32},
+        {"frequency_penalty": -0.3, "presence_penalty": 0.5, "min_new_tokens": 32},
         {"logit_bias": {"28": 4.0, "253": -100.0}},
     ],
     ids=lambda params: "+".join(params),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.server.support import COMMON, Client, Request, dflash_args
+from tests.server.support import ROOT, Client, Pair, Request, accept_length, body_of, dflash_args, tiny_args
 
 pytestmark = pytest.mark.server
 
@@ -26,72 +25,56 @@ def requests_for(count: int, new_tokens: int, seed: int) -> list[Request]:
     ]
 
 
-def args(target: Path, *more: str) -> list[str]:
-    return ["--model-path", str(target), "--dtype", "float32", "--max-total-tokens", "4096", *COMMON, *more]
-
-
-@pytest.fixture(scope="module")
-def plain(launch: Callable[..., Client], tiny_pair: tuple[Path, Path]) -> Client:
-    return launch("plain", args(tiny_pair[0]))
-
-
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_off_spine_paths(
-    page_size: int,
-    plain: Client,
+@pytest.fixture(scope="module", params=[1, 16], ids=lambda page_size: f"page{page_size}")
+def tree(
+    request: pytest.FixtureRequest,
+    tiny_tree: Client,
     launch: Callable[..., Client],
     tiny_pair: tuple[Path, Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+) -> Client:
     """The oracle's right tokens sit beside the spine at every third depth."""
-    requests = requests_for(12, 60, seed=page_size)
-    want = [reply["output_ids"] for reply in plain.generate(requests, 1, ignore_eos=True)]
-    answers = tmp_path_factory.mktemp("oracle") / "answers.json"
-    answers.write_text(
-        json.dumps({" ".join(map(str, r.ids)): out for r, out in zip(requests, want, strict=True)})
-    )
+    if request.param == 1:
+        return tiny_tree
     target, drafter = tiny_pair
-    root = str(Path(__file__).resolve().parents[2])
-    tree = launch(
-        f"oracle-{page_size}",
-        args(target, *dflash_args(drafter, 24), "--page-size", str(page_size)),
+    return launch(
+        "oracle-16",
+        tiny_args(target, *dflash_args(drafter, 24), "--page-size", "16"),
         SGLANG_DFLASH_CANDIDATES="tests.server.oracle:candidates",
-        DFLASH_TEST_ORACLE=str(answers),
-        PYTHONPATH=root,
+        PYTHONPATH=str(ROOT),
     )
-    for batch in (1, 5):
-        replies = tree.generate(requests, batch, ignore_eos=True)
-        assert [reply["output_ids"] for reply in replies] == want
-        tokens = sum(reply["meta_info"]["completion_tokens"] for reply in replies)
-        passes = sum(reply["meta_info"]["spec_verify_ct"] for reply in replies)
-        print(f"page {page_size} batch {batch}: accept length {tokens / passes:.2f}")
-        assert tokens / passes > 3.5
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_off_spine_paths(batch: int, tiny_plain: Client, tree: Client) -> None:
+    bodies = [body_of(request, ignore_eos=True) for request in requests_for(12, 60, seed=7)]
+    _, got = Pair(tiny_plain, tree).compare(bodies, batch, at_least=3.5)
+    print(f"accept length {accept_length(got):.2f}")
 
 
 @pytest.fixture(scope="module")
 def narrow(launch: Callable[..., Client], tiny_pair: tuple[Path, Path]) -> Client:
     """N = B / 2: the draft block writes more slots than the tree."""
     target, drafter = tiny_pair
-    return launch("narrow", args(target, *dflash_args(drafter, BLOCK // 2), "--page-size", "1"))
+    return launch("narrow", tiny_args(target, *dflash_args(drafter, BLOCK // 2), "--page-size", "1"))
 
 
-def test_budget_below_the_block(plain: Client, narrow: Client) -> None:
+def test_budget_below_the_block(tiny_plain: Client, narrow: Client) -> None:
     """Neighbours in flight are canaries: a slot written that is not one's own shows in their text."""
     requests = requests_for(16, 80, seed=3)
-    want = [reply["output_ids"] for reply in plain.generate(requests, 1, ignore_eos=True)]
+    want = [reply["output_ids"] for reply in tiny_plain.generate(requests, 1, ignore_eos=True)]
     for batch in (1, 8):
         got = [reply["output_ids"] for reply in narrow.generate(requests, batch, ignore_eos=True)]
         assert got == want
 
 
-def test_requests_end_at_the_context_limit(plain: Client, narrow: Client) -> None:
+def test_requests_end_at_the_context_limit(tiny_plain: Client, narrow: Client) -> None:
     draw = random.Random(4)
     lengths = [CONTEXT - 40 - i for i in range(8)]
     requests = [
         Request(tuple(draw.randrange(3, 250) for _ in range(length)), CONTEXT - length - 1)
         for length in lengths
     ]
-    want = plain.generate(requests, 1, ignore_eos=True)
+    want = tiny_plain.generate(requests, 1, ignore_eos=True)
     got = narrow.generate(requests, 8, ignore_eos=True)
     assert [r["output_ids"] for r in got] == [r["output_ids"] for r in want]
     assert [r["meta_info"]["finish_reason"]["type"] for r in got] == ["length"] * len(requests)
