@@ -97,6 +97,21 @@ def test_stable_topk_equals_a_stable_sort(V):
     assert torch.equal(ids, want_ids[:, :16])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_broken_row_keeps_to_itself(backend, dtype):
+    """Ids must stay ids: they are looked up in the embedding whatever the drafter said."""
+    hidden, head = torch.randn(6, 32).to(dtype), torch.randn(VOCAB, 32).to(dtype)
+    dev = backend.device
+    whole = backend.draft_topk(hidden.to(dev), head.to(dev), 4)
+    hidden[1:5, 5] = torch.tensor([float("nan"), -float("nan"), float("inf"), float("-inf")]).to(dtype)
+    values, ids, log_z = backend.draft_topk(hidden.to(dev), head.to(dev), 4)
+    assert int(ids.min()) >= 0
+    assert int(ids.max()) < VOCAB
+    assert bool((values - log_z[:, None])[1:5].isnan().all())
+    for got, want in zip((values, ids, log_z), whole, strict=True):
+        assert torch.equal(got[[0, 5]], want[[0, 5]])
+
+
 @pytest.mark.parametrize("k", [0, 33, 6])
 def test_rejects_k(k):
     with pytest.raises(ValueError, match="k must be"):

@@ -24,7 +24,8 @@ def draft_topk(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The K most probable tokens of each row of softmax(hidden @ head_weight.T).
 
-    Equal values are ordered by token id, lower first.
+    Equal values are ordered by token id, lower first. A row with a NaN or infinite logit gives NaN
+    log-probabilities and valid, not necessarily distinct ids; the other rows do not change.
 
     Args:
         hidden: [T, H] bf16, fp16 or fp32.

@@ -92,10 +92,12 @@ def head_topk_kernel(
         if HAS_CAP:
             acc = cap * (2.0 / (1.0 + tl.exp(-2.0 * acc / cap)) - 1.0)
         acc = tl.where(col_mask[None, :], acc, float("-inf"))
-        m_new = tl.maximum(m, tl.max(acc, axis=1))
+        # NaN ranks as -inf, so that padding columns never win; it stays in the sum and so in log_z.
+        ranked = tl.where(acc == acc, acc, float("-inf"))
+        m_new = tl.maximum(m, tl.max(ranked, axis=1))
         total = total * tl.exp(m - m_new) + tl.sum(tl.exp(acc - m_new[:, None]), axis=1)
         m = m_new
-        fresh = tl.topk(_pack(acc, col[None, :]), KP)
+        fresh = tl.topk(_pack(ranked, col[None, :]), KP)
         best = tl.topk(tl.reshape(tl.join(best, fresh), [BT, 2 * KP]), KP)
 
     cell = row * SPANS + span

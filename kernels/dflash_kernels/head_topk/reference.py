@@ -75,7 +75,8 @@ def stable_topk(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     block = block.sort(dim=1).values
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).view(T, -1)
     best, at = _keyed_topk(inside, k)
-    return best, block.gather(1, at // _BLOCK) * _BLOCK + at % _BLOCK
+    # A negative NaN ranks below the padding's -inf: ids stay below V even then.
+    return best, (block.gather(1, at // _BLOCK) * _BLOCK + at % _BLOCK).clamp_(max=V - 1)
 
 
 def _keyed_topk(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
