@@ -132,6 +132,11 @@ WORKER: dict[str, tuple[str, ...]] = {
         "device",
         "barrier",
     ),
+    # A step's report to the host (worker/report.py).
+    "sglang.srt.managers.auxiliary_output.append_auxiliary_output": ("current", "output"),
+    "sglang.srt.managers.utils.GenerationBatchResult.copy_auxiliary_output_to_cpu": ("self",),
+    "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor.consume_auxiliary_output": ("batch", "output", "output_starts"),
     "sglang.srt.model_executor.model_runner.ModelRunner._extend_forward_kwargs": (
         "self",
         "forward_batch",

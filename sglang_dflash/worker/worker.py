@@ -15,10 +15,16 @@ from sglang_dflash.plugin.drafter import block_size_of, read_config, resolve_fol
 from sglang_dflash.settings import get_settings
 from sglang_dflash.upstream.bridge import Bridge, refuse_unserved
 from sglang_dflash.upstream.contract import check_worker
+from sglang_dflash.upstream.drafter_cache import clean_drafter_cache
+from sglang_dflash.upstream.results import attach, free_room, metric_labels
 from sglang_dflash.worker.accept import AcceptStage
 from sglang_dflash.worker.commit import CommitStage
 from sglang_dflash.worker.draft import DraftStage
+from sglang_dflash.worker.health import DrafterHealth
+from sglang_dflash.worker.metrics import Metrics
+from sglang_dflash.worker.report import StepReport, StepResult, outcome
 from sglang_dflash.worker.step import Step, Width
+from sglang_dflash.worker.timing import Laps
 from sglang_dflash.worker.tree import TreeStage
 from sglang_dflash.worker.tree.stage import load_rewrite
 from sglang_dflash.worker.verify import VerifyStage
@@ -57,6 +63,11 @@ class TreeWorker(DFlashWorkerV2):
         self.verify = VerifyStage(self.bridge)
         self.accept = AcceptStage(self.bridge)
         self.commit = CommitStage(self.bridge)
+
+        self.steps = 0
+        self.health = DrafterHealth()
+        labels = metric_labels()
+        self.metrics = None if labels is None else Metrics(labels)
 
     # -- set-up, B wide ---------------------------------------------------------
 
@@ -103,6 +114,8 @@ class TreeWorker(DFlashWorkerV2):
             "block_size": self.max_width.block,
             "attention": self.bridge.backend_name(),
             "settings": get_settings().model_dump(),
+            "drafter_fallbacks": self.health.fallbacks,
+            "free": free_room(self.model_runner),
         }
 
     # -- the step ---------------------------------------------------------------
@@ -136,11 +149,18 @@ class TreeWorker(DFlashWorkerV2):
 
     def _decode(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> GenerationBatchResult:
         step = self.bridge.open_step(batch, self.step_width(batch))
+        if self.health.must_clean(self.steps):
+            clean_drafter_cache(self.draft_model_runner)
+        laps = Laps(self.device, enabled=self.metrics is not None)
 
+        laps.mark()
         candidates = self.draft(step, batch)
+        laps.mark()
         tree = self.tree(candidates, step, batch)
         grammar = self.bridge.start_grammar(batch, tree)
+        laps.mark()
         verified = self.verify(tree, step, batch)
+        laps.mark()
         self.bridge.adjust_logits(batch, verified.logits, step, tree, grammar, grammar_barrier)
         accepted, chosen = self.accept(verified, tree, step, batch)
         self.bridge.logprobs(batch, verified.raw.logits_output, accepted, chosen)
@@ -149,7 +169,16 @@ class TreeWorker(DFlashWorkerV2):
         self.commit(accepted, verified, step)
         self.bridge.remember(batch, step, accepted)
 
+        rows = outcome(tree, accepted)
+        attach(verified.raw.logits_output, StepReport(self.steps, step.width.nodes, rows, laps, self))
+        self.steps += 1
         return self._result(verified.raw, accepted, step)
+
+    def observe(self, result: StepResult) -> None:
+        """A step's outcome, once SGLang has it on the host; called by the scheduler, outside the step."""
+        self.health.note(result.number, result.fallbacks)
+        if self.metrics is not None:
+            self.metrics.observe(result)
 
     def _result(self, raw: Any, accepted: Accepted, step: Step) -> GenerationBatchResult:
         # The scheduler copies the output to the host; the features are large and already used.

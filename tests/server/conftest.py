@@ -86,12 +86,16 @@ def tiny_plain(
 def tiny_tree(
     serving: Callable[..., AbstractContextManager[Client]], tiny_pair: tuple[Path, Path]
 ) -> Iterator[Client]:
-    """Trees whose candidates come from the request itself (tests/server/oracle.py), with overlap."""
+    """Trees whose candidates come from the request itself (tests/server/oracle.py), with overlap.
+
+    A request can also ask for a fault (tests/server/faults.py).
+    """
     target, drafter = tiny_pair
+    more = ["--page-size", "1", "--tool-call-parser", "qwen", "--enable-metrics"]
     with serving(
         "tiny-tree",
-        tiny_args(target, *dflash_args(drafter, 24), "--page-size", "1", "--tool-call-parser", "qwen"),
-        SGLANG_DFLASH_CANDIDATES="tests.server.oracle:candidates",
+        tiny_args(target, *dflash_args(drafter, 24), *more),
+        SGLANG_DFLASH_CANDIDATES="tests.server.faults:candidates",
         PYTHONPATH=str(ROOT),
     ) as client:
         yield client

@@ -34,8 +34,8 @@ def body_of(request: Request, **params: Any) -> dict[str, Any]:
 
 def with_answer(body: dict[str, Any], answer: Sequence[int]) -> dict[str, Any]:
     """The body for a server whose candidates come from ``tests.server.oracle``."""
-    sampling = body["sampling_params"] | {"custom_params": {"answer": list(answer)}}
-    return body | {"sampling_params": sampling}
+    custom = body["sampling_params"].get("custom_params", {}) | {"answer": list(answer)}
+    return body | {"sampling_params": body["sampling_params"] | {"custom_params": custom}}
 
 
 #: What a client sees of a reply and what must not depend on how it was decoded.

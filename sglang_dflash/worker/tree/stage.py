@@ -12,6 +12,7 @@ from dflash_kernels import DraftTree, build_tree
 from sglang_dflash.errors import UserError
 from sglang_dflash.worker.draft import Candidates
 from sglang_dflash.worker.step import Step
+from sglang_dflash.worker.tree.guard import cut, silence, usable
 
 Rewrite = Callable[[Candidates, Step, Any], Candidates]
 
@@ -57,10 +58,14 @@ class TreeStage:
     def __call__(self, candidates: Candidates, step: Step, batch: object) -> DraftTree:
         if self.rewrite is not None:
             candidates = self.rewrite(candidates, step, batch)
-        return build_tree(
+        good = usable(candidates)
+        candidates = silence(candidates, good)
+        tree = build_tree(
             step.anchor,
             candidates.logprobs,
             candidates.ids,
             num_nodes=step.width.nodes,
             depth_bonus=self.depth_bonus,
         )
+        cut(tree, good)
+        return tree

@@ -1,0 +1,72 @@
+"""A running server's ``/metrics``, read and added up (docs/metrics.md names what the plugin exports)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import httpx
+
+from sglang_dflash.client.info import normalize_url
+from sglang_dflash.errors import UserError
+
+PREFIX = "sglang_dflash:"
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """One reading. Names are Prometheus sample names, such as ``sglang_dflash:accept_length_sum``."""
+
+    samples: list[Sample]
+
+    def has(self, name: str) -> bool:
+        return any(sample.name == name for sample in self.samples)
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum over all series of ``name`` with these labels; 0 where there is none."""
+        return sum(
+            sample.value
+            for sample in self.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def names(self) -> set[str]:
+        return {sample.name for sample in self.samples}
+
+
+def parse(text: str) -> Scrape:
+    """Read Prometheus' text format; raises ValueError where it is not that."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return Scrape(
+        [
+            Sample(sample.name, dict(sample.labels), float(sample.value))
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
+    )
+
+
+def read_metrics(url: str, timeout: float = 10.0) -> Scrape:
+    """Ask a running server; raises :class:`UserError` when it is not there or exports no metrics."""
+    base = normalize_url(url)
+    try:
+        reply = httpx.get(f"{base}/metrics", timeout=timeout, trust_env=False)
+    except httpx.HTTPError as error:
+        raise UserError(f"no answer from {base} ({type(error).__name__}); is the server running?") from error
+    except (httpx.InvalidURL, ValueError) as error:
+        raise UserError(f"{url!r} is not a URL; write for example http://127.0.0.1:30000") from error
+    if reply.status_code == 404:
+        raise UserError(f"{base} exports no metrics; start the server with --enable-metrics")
+    if reply.status_code != 200:
+        raise UserError(f"{base}/metrics answered {reply.status_code}; is this an SGLang server?")
+    try:
+        return parse(reply.text)
+    except ValueError as error:
+        raise UserError(f"{base}/metrics is not Prometheus text; is this an SGLang server?") from error
