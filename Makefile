@@ -12,12 +12,12 @@ CLI := .venv/bin/sglang-dflash
 STAMP := .venv/.installed
 # What `make serve ARGS="--port 8000"` and the others pass on.
 ARGS ?=
-# Time limit of `make bench`, in minutes.
+# Time limit of `make bench`, length of `make soak`, in minutes.
 MINUTES ?= 30
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo serve bench readme fetch test test-full lint format lock clean
+.PHONY: help install demo serve bench soak readme fetch test test-full lint format lock clean
 
 help:  ## what can be made here
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|'
@@ -51,6 +51,9 @@ serve: fetch  ## an OpenAI-compatible server with draft trees
 
 bench: fetch  ## throughput, latency and accept length at concurrency 1 to 16
 	$(PY) benchmarks/serving.py --minutes $(MINUTES) $(ARGS)
+
+soak: fetch  ## everything at once for 30 minutes, every answer compared with plain decoding
+	$(PY) benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
 
 readme:  ## put what make demo and make bench measured into README.md
 	$(PY) benchmarks/readme.py
