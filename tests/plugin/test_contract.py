@@ -22,7 +22,8 @@ def test_triton_seam_holds() -> None:
 
 
 def test_every_hooked_function_is_under_contract() -> None:
-    assert set(hooks._table()) | {hooks.SERVER_INFO} <= set(contract.LIGHT) | set(contract.WORKER)
+    hooked = {*hooks._table(), hooks.SERVER_INFO, hooks.SCHEDULER_TRACEBACK}
+    assert hooked <= set(contract.LIGHT) | set(contract.WORKER)
 
 
 def test_a_lost_parameter_and_a_lost_name_are_named() -> None:
@@ -42,3 +43,16 @@ def test_reserve_covers_both_widths() -> None:
     for nodes in (2, 4, 8, 16, 64):
         assert hooks.decode_reserve(nodes, 8) == nodes + max(nodes, 8)
         assert hooks.decode_reserve(nodes, 8) >= 2 * nodes
+
+
+def test_our_own_refusals_are_no_traceback() -> None:
+    try:
+        raise UserError("draft trees need this; do that")
+    except UserError:
+        assert hooks.scheduler_traceback(lambda: "Traceback") == (
+            "sglang-dflash: draft trees need this; do that"
+        )
+    try:
+        raise KeyError("a bug")
+    except KeyError:
+        assert hooks.scheduler_traceback(lambda: "Traceback") == "Traceback"
