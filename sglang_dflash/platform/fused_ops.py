@@ -98,6 +98,12 @@ def _rotate(x: torch.Tensor, angles: _Angles, head_size: int) -> torch.Tensor:
     return torch.addcmul(heads * angles.cos, swapped, angles.sin).flatten(1)
 
 
+def apply_scaling_penalties(logits: torch.Tensor, scaling_penalties: torch.Tensor) -> None:
+    """SGLang's repetition penalty in place, eagerly: its ``torch.compile`` costs the first penalised
+    request of a CPU server some 14 seconds."""
+    logits[:] = torch.where(logits < 0, logits * scaling_penalties, logits / scaling_penalties)
+
+
 def register() -> None:
     """Hand the forwards above to SGLang for our dispatch key."""
     from sglang.kernels.fused_op import BaseFusedOp

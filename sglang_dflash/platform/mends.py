@@ -30,6 +30,12 @@ MURMUR_HASH = Contract(
     "sglang.kernels.ops.sampling.murmur_hash", "murmur_hash32", ("seed", "positions", "col_indices")
 )
 
+SCALING_PENALTIES = Contract(
+    "sglang.srt.sampling.penaltylib.repetition_penalty",
+    "apply_scaling_penalties",
+    ("logits", "scaling_penalties"),
+)
+
 _UNQUANT = "sglang.srt.layers.quantization.unquant"
 _METADATA = ("self", "forward_batch")
 _SET_KV = (
@@ -95,6 +101,7 @@ def apply_mends() -> None:
         replace(ASSIGN_REQ_TO_TOKEN, slots.assign_req_to_token)
         replace(GET_LAST_LOC, check(RELIED_ON[0]))
         replace(MURMUR_HASH, hashing.murmur_hash32)
+        replace(SCALING_PENALTIES, fused_ops.apply_scaling_penalties)
         _register_attention_backend()
         fused_ops.register()
         _repack_after_weight_updates()

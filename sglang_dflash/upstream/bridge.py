@@ -31,7 +31,7 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 from sglang_dflash.errors import UserError
 from sglang_dflash.platform.linear import head_logits
 from sglang_dflash.upstream.requests import needs_penalties, penalties_of
-from sglang_dflash.worker.accept.penalties import apply_penalties
+from sglang_dflash.worker.accept.penalties import apply_penalties, row_penalties
 from sglang_dflash.worker.accept.sample import SamplingParams
 from sglang_dflash.worker.history import TokenHistory
 from sglang_dflash.worker.step import Step, Width
@@ -120,6 +120,20 @@ class Bridge:
                 "set SGLANG_DFLASH_MODE=chain"
             )
         return head
+
+    def warm_penalties(self) -> None:
+        """Compile SGLang's repetition penalty now, not in the first request that has one.
+
+        Not on CPU, where the platform's own is eager (``platform/fused_ops.py``).
+        """
+        if torch.device(self.device).type == "cpu":
+            return
+        from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
+
+        vocab = int(self.target.model_config.vocab_size)
+        for rows in (1, 2):  # one row is compiled apart from several
+            logits = torch.zeros((rows, vocab), device=self.device)
+            apply_scaling_penalties(logits, torch.ones_like(logits))
 
     def install_tree_attention(self, width: Width) -> None:
         """Make sure that the target's attention sees trees; there is no silent causal fallback.
@@ -341,17 +355,36 @@ class Bridge:
             self._history = TokenHistory(table.shape[0], table.shape[1], table.device)
         return self._history
 
-    def remember_prefill(self, batch: Any, result: Any) -> None:
-        """Note each request's first token, and after a retraction what it had said before."""
-        if result.next_token_ids is None or batch.forward_mode.is_idle():
-            return
+    def prepare_prefill(self, batch: Any) -> None:
+        """Note what requests with a text behind them have said, and penalise it.
+
+        Those are retracted requests, and in a mixed batch the running ones. SGLang counts penalties only
+        in plain decoding's steps, so their next token would come out as if nothing had been said.
+        """
         history, rows = self.history(), batch.req_pool_indices
+        mixed = batch.forward_mode.is_mixed()
         for row, req in enumerate(batch.reqs):
             if len(req.output_ids):
                 said = torch.tensor([list(req.output_ids)], device=rows.device)
                 start = torch.tensor([len(req.origin_input_ids)], device=rows.device)
                 history.write(rows[row : row + 1], start, said)
-        history.write(rows, batch.seq_lens, result.next_token_ids.view(-1, 1))
+                mixed = True
+        info = batch.sampling_info
+        if not mixed or info is None or not needs_penalties(info):
+            return
+        penalties = penalties_of(batch, rows.device)
+        seen = history.counts(
+            rows, penalties.prompt_lens, batch.seq_lens - 1, history.tokens.shape[1], info.vocab_size
+        )
+        added, scales = row_penalties(seen, batch.seq_lens - penalties.prompt_lens, penalties)
+        info.acc_additive_penalties = added
+        if info.acc_scaling_penalties is not None:
+            info.acc_scaling_penalties = scales
+
+    def remember_prefill(self, batch: Any, result: Any) -> None:
+        """Note each request's next token."""
+        if result.next_token_ids is not None:
+            self.history().write(batch.req_pool_indices, batch.seq_lens, result.next_token_ids.view(-1, 1))
 
     def remember(self, batch: Any, step: Step, accepted: Accepted) -> None:
         """Note the step's tokens; they stand behind the anchor, which is already there."""

@@ -138,6 +138,14 @@ WORKER: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.utils.GenerationBatchResult.copy_auxiliary_output_to_cpu": ("self",),
     "sglang.srt.managers.scheduler_components.batch_result_processor."
     "SchedulerBatchResultProcessor.consume_auxiliary_output": ("batch", "output", "output_starts"),
+    "sglang.srt.sampling.penaltylib.repetition_penalty.apply_scaling_penalties": (
+        "logits",
+        "scaling_penalties",
+    ),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.weight_update_runners": ("self",),
+    "sglang.srt.managers.tp_worker.TpModelWorker.weight_update_runners": ("self",),
+    "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater."
+    "update_weights_from_disk": ("self", "model_path", "load_format"),
     "sglang.srt.model_executor.model_runner.ModelRunner._extend_forward_kwargs": (
         "self",
         "forward_batch",

@@ -11,12 +11,13 @@ from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 
 from sglang_dflash.plugin.banner import announce_tree
-from sglang_dflash.plugin.drafter import block_size_of, read_config, resolve_folder
+from sglang_dflash.plugin.drafter import DrafterConfig, block_size_of, read_config, resolve_folder
 from sglang_dflash.settings import get_settings
 from sglang_dflash.upstream.bridge import Bridge, refuse_unserved
 from sglang_dflash.upstream.contract import check_worker
 from sglang_dflash.upstream.drafter_cache import clean_drafter_cache
 from sglang_dflash.upstream.results import attach, free_room, metric_labels
+from sglang_dflash.upstream.weights import route_weight_updates
 from sglang_dflash.worker.accept import AcceptStage
 from sglang_dflash.worker.commit import CommitStage
 from sglang_dflash.worker.draft import DraftStage
@@ -51,7 +52,7 @@ class TreeWorker(DFlashWorkerV2):
 
         settings = get_settings()
         self.bridge = Bridge(self)
-        config = read_config(
+        self.drafter_config = config = read_config(
             resolve_folder(spec.speculative_draft_model_path, spec.speculative_draft_model_revision)
         )
         self.draft = DraftStage(self.bridge, mask_token_id=int(self._mask_token_id), top_k=settings.top_k)
@@ -63,6 +64,7 @@ class TreeWorker(DFlashWorkerV2):
         self.verify = VerifyStage(self.bridge)
         self.accept = AcceptStage(self.bridge)
         self.commit = CommitStage(self.bridge)
+        route_weight_updates(self)
 
         self.steps = 0
         self.health = DrafterHealth()
@@ -94,6 +96,7 @@ class TreeWorker(DFlashWorkerV2):
         return result
 
     def init_cuda_graphs(self) -> Any:
+        self.bridge.warm_penalties()
         with self._drafter_width():
             return super().init_cuda_graphs()
 
@@ -118,6 +121,14 @@ class TreeWorker(DFlashWorkerV2):
             "free": free_room(self.model_runner),
         }
 
+    def drafter_replaced(self, config: DrafterConfig) -> None:
+        """Follow a drafter update at run time: what was derived from the old weights."""
+        self.drafter_config = config
+        bonus = config.dflash_config.tree_depth_bonus if get_settings().calibrate else None
+        self.tree.set_depth_bonus(bonus, self.device)
+        if self._use_fused_kv_materialize:
+            self._init_fused_kv_helper()
+
     # -- the step ---------------------------------------------------------------
 
     def step_width(self, batch: Any) -> Width:
@@ -137,13 +148,17 @@ class TreeWorker(DFlashWorkerV2):
             or batch.forward_mode.is_idle()
             or batch.spec_info is None
         ):
+            idle = batch.forward_mode.is_idle()
+            if not idle:
+                self.bridge.prepare_prefill(batch)
             result = super().forward_batch_generation(
                 batch,
                 on_publish=on_publish,
                 grammar_barrier=grammar_barrier,
                 pp_proxy_tensors=pp_proxy_tensors,
             )
-            self.bridge.remember_prefill(batch, result)
+            if not idle:
+                self.bridge.remember_prefill(batch, result)
             return result
         return self._decode(batch, on_publish, grammar_barrier)
 

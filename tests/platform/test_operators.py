@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -164,3 +165,16 @@ def test_murmur_hash_equals_the_published_algorithm() -> None:
         for j, column in enumerate(columns):
             data = (seed % 2**64).to_bytes(8, "little") + position.to_bytes(4, "little")
             assert int(got[i, j]) == murmur3_32(data + column.to_bytes(4, "little"))
+
+
+def test_eager_repetition_penalty_equals_sglangs() -> None:
+    """Against the function that ``torch.compile`` wraps in SGLang's wheel."""
+    from sglang.srt.sampling.penaltylib import repetition_penalty
+
+    original = inspect.unwrap(repetition_penalty.apply_scaling_penalties)
+    logits, scales = torch.randn(3, 50), torch.rand(3, 50) + 0.5
+    want, got = logits.clone(), logits.clone()
+    original(want, scales)
+    fused_ops.apply_scaling_penalties(got, scales)
+    assert torch.equal(got, want)
+    assert not torch.equal(got, logits)

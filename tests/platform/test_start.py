@@ -104,7 +104,10 @@ class TestContracts:
     def test_the_installed_sglang_fits(self) -> None:
         from sglang_dflash.platform import mends
 
-        replaced = (mends.ASSIGN_REQ_TO_TOKEN, mends.GET_LAST_LOC, mends.MURMUR_HASH)
+        replaced = (
+            *(mends.ASSIGN_REQ_TO_TOKEN, mends.GET_LAST_LOC, mends.MURMUR_HASH),
+            mends.SCALING_PENALTIES,
+        )
         for contract in (*replaced, *mends.RELIED_ON, *mends.WEIGHT_UPDATES):
             check(contract)
 

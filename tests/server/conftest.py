@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sglang_dflash.client.server import Server
 from sglang_dflash.models.fetch import fetch
 from sglang_dflash.models.registry import SMOLLM2
 from tests import tiny
-from tests.server.support import ROOT, Client, Pair, dflash_args, tiny_args
+from tests.server.support import ROOT, Client, Pair, Serving, dflash_args, tiny_args
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractContextManager[Client]]:
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Serving:
     """``with serving(name, args, **env) as client``: a server for the length of the block."""
     logs = tmp_path_factory.mktemp("logs")
     quick = {fast_start.VARIABLE: fast_start.disabled_models(fast_start.EMBEDDED)}
@@ -66,16 +66,14 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractC
 
 
 @pytest.fixture(scope="module")
-def launch(serving: Callable[..., AbstractContextManager[Client]]) -> Iterator[Callable[..., Client]]:
+def launch(serving: Serving) -> Iterator[Callable[..., Client]]:
     """``launch(name, args, **env)`` starts a server that lives as long as the test module."""
     with ExitStack() as stack:
         yield lambda name, args, **env: stack.enter_context(serving(name, args, **env))
 
 
 @pytest.fixture(scope="session")
-def tiny_plain(
-    serving: Callable[..., AbstractContextManager[Client]], tiny_pair: tuple[Path, Path]
-) -> Iterator[Client]:
+def tiny_plain(serving: Serving, tiny_pair: tuple[Path, Path]) -> Iterator[Client]:
     """Plain decoding without overlap, where SGLang's penalties count every token."""
     parser = ["--tool-call-parser", "qwen"]
     with serving("tiny-plain", tiny_args(tiny_pair[0], "--disable-overlap-schedule", *parser)) as client:
@@ -83,10 +81,14 @@ def tiny_plain(
 
 
 @pytest.fixture(scope="session")
-def tiny_tree(
-    serving: Callable[..., AbstractContextManager[Client]], tiny_pair: tuple[Path, Path]
-) -> Iterator[Client]:
-    """Trees whose candidates come from the request itself (tests/server/oracle.py), with overlap.
+def oracle_env() -> dict[str, str]:
+    """Candidates come from the request itself (tests/server/oracle.py)."""
+    return {"SGLANG_DFLASH_CANDIDATES": "tests.server.oracle:candidates", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def tiny_tree(serving: Serving, tiny_pair: tuple[Path, Path]) -> Iterator[Client]:
+    """Trees that draft what the request says, with overlap.
 
     A request can also ask for a fault (tests/server/faults.py).
     """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,10 @@ class Client:
         reply = self.http.get("/server_info")
         reply.raise_for_status()
         return ServerInfo.model_validate(reply.json())
+
+
+#: What the ``serving`` fixture gives.
+Serving = Callable[..., AbstractContextManager[Client]]
 
 
 def chat_requests(tokenizer: Any, count: int, max_new_tokens: int) -> list[Request]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.server.support import ROOT, Client, Pair, Request, accept_length, body_of, dflash_args, tiny_args
+from tests.server.support import Client, Pair, Request, accept_length, body_of, dflash_args, tiny_args
 
 pytestmark = pytest.mark.server
 
@@ -31,6 +31,7 @@ def tree(
     tiny_tree: Client,
     launch: Callable[..., Client],
     tiny_pair: tuple[Path, Path],
+    oracle_env: dict[str, str],
 ) -> Client:
     """The oracle's right tokens sit beside the spine at every third depth."""
     if request.param == 1:
@@ -39,8 +40,7 @@ def tree(
     return launch(
         "oracle-16",
         tiny_args(target, *dflash_args(drafter, 24), "--page-size", "16"),
-        SGLANG_DFLASH_CANDIDATES="tests.server.oracle:candidates",
-        PYTHONPATH=str(ROOT),
+        **oracle_env,
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from dflash_kernels import build_tree
 
-from sglang_dflash.worker.accept.penalties import Penalties, apply_penalties
+from sglang_dflash.worker.accept.penalties import Penalties, apply_penalties, row_penalties
 from sglang_dflash.worker.history import TokenHistory
 
 VOCAB, DEPTH, NODES = 7, 4, 14
@@ -66,3 +66,29 @@ def test_every_node_counts_its_own_path(seed: int) -> None:
                 node = int(tree.parents[b, node])
             want = expected(before[b * NODES + n], output[b] + path[::-1], params[b])
             torch.testing.assert_close(logits[b * NODES + n].double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prefill_row_counts_what_was_said_before() -> None:
+    """The row after a retraction equals plain Python over the text, as a tree's root does."""
+    torch.manual_seed(0)
+    said = [[1, 1, 4], [2, 5, 5, 6], []]
+    params = [
+        {"frequency": 0.7, "presence": 0.2, "repetition": 1.3, "min_new": 0, "stop": []},
+        {"frequency": 0.0, "presence": 0.0, "repetition": 1.0, "min_new": 5, "stop": [2, 6]},
+        {"frequency": 0.5, "presence": 0.5, "repetition": 1.5, "min_new": 0, "stop": []},
+    ]
+    penalties = Penalties(
+        *(torch.tensor([float(p[name]) for p in params]) for name in ("frequency", "presence", "repetition")),
+        torch.tensor([p["min_new"] for p in params]),
+        torch.tensor([[-1, -1], [2, 6], [-1, -1]]),
+        torch.zeros(3, dtype=torch.int64),
+    )
+    seen = torch.stack([torch.bincount(torch.tensor(s, dtype=torch.int64), minlength=VOCAB) for s in said])
+    added, scales = row_penalties(seen.float(), torch.tensor([len(s) for s in said]), penalties)
+    logits = torch.randn(3, VOCAB)
+    got = logits + added
+    got = torch.where(got < 0, got * scales, got / scales)
+    for b in range(3):
+        torch.testing.assert_close(
+            got[b].double(), expected(logits[b], said[b], params[b]), atol=1e-5, rtol=1e-5
+        )

@@ -86,3 +86,23 @@ def apply_penalties(
 
     scale = torch.where(occurred, per_request(penalties.repetition), 1.0).to(rows.dtype)
     rows.copy_(torch.where(rows < 0, rows * scale, rows / scale))
+
+
+def row_penalties(
+    seen: torch.Tensor, generated: torch.Tensor, penalties: Penalties
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row's penalties per request, in the form SGLang's sampler takes them in.
+
+    Args:
+        seen: float32 [bs, V], occurrences in the output so far.
+        generated: int64 [bs], tokens of the output so far.
+        penalties: of the batch.
+
+    Returns:
+        what is added to the logits and what then scales them, both float32 [bs, V].
+    """
+    occurred = seen > 0
+    added = -penalties.frequency[:, None] * seen - penalties.presence[:, None] * occurred
+    forbid = (generated < penalties.min_new_tokens)[:, None] & (penalties.stop_ids >= 0)
+    added.scatter_add_(1, penalties.stop_ids.clamp(min=0), torch.where(forbid, float("-inf"), 0.0))
+    return added, torch.where(occurred, penalties.repetition[:, None], 1.0)

@@ -49,10 +49,11 @@ class TreeStage:
         self, *, depth_bonus: Sequence[float] | None, rewrite: Rewrite | None, device: torch.device | str
     ) -> None:
         self.rewrite = rewrite
+        self.set_depth_bonus(depth_bonus, device)
+
+    def set_depth_bonus(self, bonus: Sequence[float] | None, device: torch.device | str) -> None:
         self.depth_bonus = (
-            None
-            if depth_bonus is None
-            else torch.tensor(list(depth_bonus), dtype=torch.float32, device=device)
+            None if bonus is None else torch.tensor(list(bonus), dtype=torch.float32, device=device)
         )
 
     def __call__(self, candidates: Candidates, step: Step, batch: object) -> DraftTree:
