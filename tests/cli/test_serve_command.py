@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sglang_dflash.cli import serve
+from sglang_dflash.client import flags
 from sglang_dflash.errors import UserError
 from sglang_dflash.models import pair
 from sglang_dflash.models.registry import SMOLLM2
@@ -92,6 +93,21 @@ def test_curl_line_is_a_shell_command_with_a_json_body() -> None:
     words = shlex.split(serve.curl_line("http://127.0.0.1:30000", "a model"))
     assert words[:3] == ["curl", "-s", "http://127.0.0.1:30000/v1/chat/completions"]
     assert json.loads(words[-1])["model"] == "a model"
+
+
+def test_nobody_is_let_in_from_outside_or_trusted_unasked(drafter: Path) -> None:
+    """No host but loopback unless the user names one, and remote code never."""
+    root = Path(__file__).resolve().parents[2]
+    words, _, _ = serve.build_command(["--speculative-draft-model-path", str(drafter)])
+    assert "--host" not in words  # SGLang's own default, which the running servers of the suite confirm
+    assert flags.DEFAULT_HOST == "127.0.0.1"
+    for folder in ("sglang_dflash", "benchmarks", "examples", "kernels"):
+        for file in (root / folder).rglob("*.py"):
+            text = file.read_text()
+            assert "trust-remote-code" not in text, file
+            assert "0.0.0.0" not in text or file.name == "serve.py", file
+            for line in text.splitlines():
+                assert "trust_remote_code" not in line or "=cfg.trust_remote_code" in line, f"{file}: {line}"
 
 
 def test_port_in_use_is_one_line_and_no_server() -> None:

@@ -6,9 +6,12 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
+from sglang_dflash.client.ports import port_is_free
 from tests import tiny
+from tests.server.processes import LONG, all_gone, family, stream
 from tests.server.support import Client, Pair, Request, accept_length, body_of, dflash_args, tiny_args
 
 pytestmark = pytest.mark.server
@@ -90,3 +93,34 @@ def test_bad_requests_get_an_http_error_and_the_server_lives(narrow: Client) -> 
     assert narrow.post(input_ids=[5, 6, 7], sampling_params={"temperature": 0, "max_new_tokens": 4})[
         "output_ids"
     ]
+
+
+def test_a_killed_scheduler_ends_the_server(narrow: Client, tiny_plain: Client) -> None:
+    """The last test on this server."""
+    processes = family(narrow)
+    schedulers = [process for process in processes if "scheduler" in " ".join(process.cmdline())]
+    assert len(schedulers) == 1
+    tokens, finish, orderly = stream(narrow, schedulers[0].kill)
+    assert not orderly or finish is None or finish.get("type") == "abort"
+    want = tiny_plain.generate([LONG], 1, ignore_eos=True)[0]["output_ids"]
+    assert 0 < len(tokens) < len(want)
+    assert tokens == want[: len(tokens)]
+    assert all_gone(processes)
+    assert port_is_free("127.0.0.1", narrow.server.port)
+    with pytest.raises(httpx.HTTPError):
+        narrow.http.get("/health")
+
+
+def test_a_restart_serves_and_sigterm_in_mid_stream_leaves_nobody(
+    launch: Callable[..., Client], narrow: Client, tiny_plain: Client
+) -> None:
+    again = launch("again", narrow.server.args)
+    want = tiny_plain.generate([LONG], 1, ignore_eos=True)[0]["output_ids"]
+    assert again.generate([LONG], 1, ignore_eos=True)[0]["output_ids"] == want
+    processes = family(again)
+    tokens, _, _ = stream(again, processes[0].terminate)
+    assert tokens
+    assert tokens == want[: len(tokens)]
+    assert all_gone(processes)
+    assert port_is_free("127.0.0.1", again.server.port)
+    assert "Traceback" not in again.server.output()
