@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="length of the load (%(default)s)")
-    parser.add_argument("--tasks", type=int, default=204, help="different requests (%(default)s)")
+    parser.add_argument("--tasks", type=int, default=102, help="different requests (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the requests and their order (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/soak"), help="logs (%(default)s)")
     parser.add_argument("--report", type=Path, default=Path("docs/soak.md"), help="%(default)s and .json")
@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     report = run(args.minutes, args.tasks, args.seed, make_dir(args.out).absolute(), console)
     args.report.write_text(markdown(report))
-    args.report.with_suffix(".json").write_text(json.dumps(asdict(report), indent=1) + "\n")
+    args.report.with_suffix(".json").write_text(json.dumps(vars(report), indent=1) + "\n")
     console.print(markdown(report), markup=False)
     return int(report.wrong)
 

@@ -112,13 +112,13 @@ def make_tasks(tokenizer: Any, prompts: Sequence[Prompt], count: int, seed: int)
         if kind == "echo":
             question = f"Repeat the word {word} five times."
         elif kind == "long prompt":
-            question = "\n".join(p.prompt for p in draw.choices(prompts, k=draw.randrange(8, 24)))
+            question = "\n".join(p.prompt for p in draw.choices(prompts, k=draw.randrange(4, 14)))
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": f"{word}: {question}"}],
             add_generation_prompt=True,
             return_dict=False,
         )
-        params = {"temperature": 0, "max_new_tokens": draw.choice((1, 2, 7, 24, 48, 96))} | KINDS[kind]
+        params = {"temperature": 0, "max_new_tokens": draw.choice((1, 2, 7, 16, 24, 48))} | KINDS[kind]
         params["max_new_tokens"] = max(params["max_new_tokens"], params.get("min_new_tokens", 0))
         if kind == "seeded":
             params["sampling_seed"] = draw.randrange(1 << 31)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -88,6 +89,7 @@ def test_the_report_says_what_was_wrong() -> None:
     assert not report.wrong
     assert "| requests | 4 |" in soak.markdown(report)
     assert "Wrong" not in soak.markdown(report)
+    assert json.loads(json.dumps(vars(report)))["requests"] == {"whole": 3, "abort": 1}
     report.mismatches, report.shown = 1, ["greedy: tokens differ"]
     assert report.wrong
     assert "- greedy: tokens differ" in soak.markdown(report)
