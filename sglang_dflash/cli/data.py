@@ -11,6 +11,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
+from sglang_dflash.errors import UserError
+
 CACHE = Path(os.environ.get("SGLANG_DFLASH_CACHE", Path.home() / ".cache" / "sglang-dflash"))
 TARGET = CACHE / "models" / "SmolLM2-135M-Instruct"
 logger = logging.getLogger("sglang_dflash.data")
@@ -27,13 +29,17 @@ class DataOptions(BaseSettings):
     target: Path = Field(TARGET, description="target model folder")
     out: Path = Field(CACHE / "corpus", description="corpus folder (created, or continued)")
     tokens: int = Field(300_000, gt=0, description="response tokens the train split should hold")
+    minutes: float | None = Field(
+        None, gt=0, description="begin no new answers after so many minutes, whatever --tokens says"
+    )
     prompts: Path | None = Field(
         None, description="JSONL with 'prompt' or 'messages'; default: self-prompting"
     )
     templates: bool = Field(False, description="prompts from built-in templates instead of self-prompting")
     exclude: list[Path] = Field(
-        [Path("benchmarks/prompts.jsonl")],
-        description="JSONL files whose prompts must never enter the corpus",
+        [],
+        description="JSONL files whose prompts must never enter the corpus; "
+        "default: benchmarks/prompts.jsonl where it is",
     )
     max_new: int = Field(200, ge=16, description="longest response, tokens")
     sampled: float = Field(0.25, ge=0, le=1, description="share of sampled responses (the rest is greedy)")
@@ -44,6 +50,22 @@ class DataOptions(BaseSettings):
     features_dir: Path | None = Field(None, description="where; default: <cache>/features/<corpus name>")
     threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
     describe: bool = Field(False, description="only say what the corpus holds")
+
+
+def barred(given: list[Path]) -> list[Path]:
+    """Prompt files that stay out of training: those given, else the benchmark's where it is."""
+    missing = [str(path) for path in given if not path.is_file()]
+    if missing:
+        raise UserError(f"--exclude: no file {', '.join(missing)}")
+    benchmark = Path("benchmarks/prompts.jsonl")
+    return given or ([benchmark] if benchmark.is_file() else [])
+
+
+def features_place(given: Path | None, corpora: list[Path], folder: Path) -> Path:
+    """Where the features of ``folder`` lie: shards of two corpora bear the same names."""
+    if given is None:
+        return CACHE / "features" / folder.name
+    return given if len(corpora) == 1 else given / folder.name
 
 
 def main(argv: list[str]) -> int:
@@ -66,9 +88,10 @@ def main(argv: list[str]) -> int:
     settings = Settings(
         out=options.out,
         response_tokens=options.tokens,
+        minutes=options.minutes,
         prompts=options.prompts,
         templates=options.templates,
-        exclude=options.exclude,
+        exclude=barred(options.exclude),
         max_new=options.max_new,
         sampled_share=options.sampled,
         temperature=options.temperature,
@@ -120,5 +143,5 @@ class _Bar:
         now = time.monotonic()
         if not self.live and now - self.last > 30:
             self.last = now
-            left = (self.goal - tokens) / max(rate, 1e-6) / 60
-            logger.info("%s, %.0f min left", text, left)
+            left = f"{(self.goal - tokens) / rate / 60:.0f} min left" if rate >= 1 else "first answers"
+            logger.info("%s, %s", text, left)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
-from sglang_dflash.cli.data import CACHE, TARGET
+from sglang_dflash.cli.data import TARGET, features_place
 from sglang_dflash.errors import UserError
 
 SHIPPED = Path(__file__).parent.parent / "drafters" / "smollm2-135m-instruct"
@@ -31,14 +31,17 @@ class EvalOptions(BaseSettings):
     prompts: Path | None = Field(None, description="judge on these prompts (JSONL: kind, prompt)")
     limit: int = Field(0, ge=0, description="at most so many answers; 0: all")
     max_new: int = Field(200, ge=16, description="longest generated answer, tokens")
-    temperature: float = Field(0.0, ge=0, description="temperature of generated answers")
+    temperature: str = Field("0", description="temperatures of generated answers, e.g. 0,0.8")
     budgets: str = Field("16,32,64", description="tree node budgets, root included")
     calibrate: bool = Field(False, description="fit tree_depth_bonus on training answers and judge with it")
     write: bool = Field(False, description="with --calibrate: store it in the drafter's config if it helps")
-    server: str | None = Field(None, description="base URL of a running server to compare with")
+    server: str | None = Field(
+        None, description="URL of a running server: the same prompts are sent to it, and both lengths shown"
+    )
     json_out: Path | None = Field(None, description="write the numbers here")
     features_dir: Path | None = Field(
-        None, description="feature cache; default <cache>/features/<corpus name>"
+        None,
+        description="feature cache, a folder in it per corpus if several; default <cache>/features/<corpus>",
     )
     seed: int = 0
     threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
@@ -50,7 +53,7 @@ def _documents(o: EvalOptions, target, layers: tuple[int, ...], split: str = "he
 
     documents = []
     for folder in o.corpus:
-        writer = FeatureWriter(o.features_dir or CACHE / "features" / folder.name, target, layers)
+        writer = FeatureWriter(features_place(o.features_dir, o.corpus, folder), target, layers)
         documents += batches.load_documents(
             [folder], split, writer, limit or None, greedy_only=split == "train"
         )
@@ -61,6 +64,7 @@ def main(argv: list[str]) -> int:
     o = CliApp.run(EvalOptions, cli_args=argv)
     import torch
 
+    from sglang_dflash.client.info import read_server_info
     from sglang_dflash.train import answers, calibrate, served
     from sglang_dflash.train.checkpoint import load_drafter, read_config
     from sglang_dflash.train.judge import draft_table, judge_tables
@@ -71,19 +75,20 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(o.threads)
     if not o.corpus and o.prompts is None:
         raise UserError("nothing to judge on: give --corpus (held-out split) or --prompts FILE.jsonl")
+    budgets = [int(x) for x in _numbers(o.budgets, "--budgets", "16,32,64")]
+    temperatures = _numbers(o.temperature, "--temperature", "0,0.8")
+    if o.server:
+        served.policy_of(read_server_info(o.server))  # a server that cannot be judged is refused at once
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = DenseTarget(o.target, device=device)
-    drafter = load_drafter(o.drafter).to(device).eval()
+    drafter = load_drafter(o.drafter).to(device, target.dtype).eval()
     layers = drafter.config.target_layers
     documents = _documents(o, target, layers, limit=o.limit)
     if o.prompts is not None:
-        documents += answers.answer_prompts(
-            target, o.target, o.prompts, layers, o.max_new, o.temperature, o.limit, o.seed
-        )
-    try:
-        budgets = [int(x) for x in o.budgets.split(",")]
-    except ValueError:
-        raise UserError(f"--budgets {o.budgets!r}: write e.g. 16,32,64") from None
+        for temperature in temperatures:
+            documents += answers.answer_prompts(
+                target, o.target, o.prompts, layers, o.max_new, temperature, o.limit, o.seed
+            )
     tables = [draft_table(drafter, target, d) for d in documents]
     stored = read_config(o.drafter)[1].get("tree_depth_bonus")
     bonus = torch.tensor(stored) if stored else None
@@ -104,23 +109,50 @@ def main(argv: list[str]) -> int:
         elif o.write:
             print(f"not stored: tree-32 changes by {gain:+.3f}")
     if o.server:
-        if o.prompts is None:
-            raise UserError("--server needs --prompts: a corpus holds tokens, a server wants prompts")
-        length = served.accept_length(o.server, o.prompts, o.max_new, o.limit)
-        result["served"] = length
-        print(f"served accept length {length['accept_length']:.3f} over {length['tokens']} tokens")
+        live = served.run(o.server, documents, o.max_new)
+        policy = live.policy
+        if policy.block != drafter.config.block:
+            tables = [draft_table(drafter, target, d, policy.block) for d in documents]
+        for t in tables:
+            t.ids, t.logprobs = t.ids[..., : policy.top_k], t.logprobs[..., : policy.top_k]
+        again = judge_tables(tables, [policy.nodes] if policy.nodes else [], bonus)
+        offline = {name: j.walks[policy.name].length for name, j in again.items()}
+        print(render_served(live, offline))
+        result["served"] = live.as_dict() | {"offline": {k: round(v, 4) for k, v in offline.items()}}
     if o.json_out:
         o.json_out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
+def _numbers(text: str, flag: str, example: str) -> list[float]:
+    try:
+        return [float(x) for x in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} {text!r}: write e.g. {example}") from None
+
+
 def render(found) -> str:
-    """The table a person reads."""
+    """The tables a person reads: accept lengths, then recall by position."""
     policies = list(found["all"].walks)
-    lines = [f"{'':8} {'answers':>7} " + " ".join(f"{p:>8}" for p in policies) + "   recall@1 by position"]
+    wide = max(8, *(len(name) for name in found))
+    lines = [f"{'':{wide}} {'answers':>7} " + " ".join(f"{p:>8}" for p in policies)]
     for name, j in found.items():
         cells = " ".join(f"{j.walks[p].length:8.3f}" for p in policies)
-        lines.append(f"{name:8} {j.documents:7} {cells}   " + " ".join(f"{100 * x:.0f}" for x in j.recall[1]))
-    for k in (4, 16):
-        lines.append(f"recall@{k}, all: " + " ".join(f"{100 * x:.0f}" for x in found["all"].recall[k]))
+        lines.append(f"{name:{wide}} {j.documents:7} {cells}")
+    lines.append("right token among the best 1, 4, 16, %, by position, given that all before are the best")
+    for name, j in found.items():
+        for k, row in j.recall.items():
+            lines.append(f"{name:{wide}} {f'@{k}':>7} " + " ".join(f"{100 * x:4.0f}" for x in row))
+    return "\n".join(lines)
+
+
+def render_served(live, offline: dict[str, float]) -> str:
+    """Served beside offline, and how far apart they are."""
+    wide = max(8, *(len(name) for name in offline))
+    title = f"{live.policy.name}, block {live.policy.block}"
+    lines = [f"{title}: {live.same} of {live.answers} served answers are the offline ones token for token"]
+    lines.append(f"{'':{wide}} {'served':>8} {'offline':>8} {'apart':>8}")
+    for name, walk in live.walks.items():
+        apart = 100 * (walk.length / offline[name] - 1)
+        lines.append(f"{name:{wide}} {walk.length:8.3f} {offline[name]:8.3f} {apart:+7.1f}%")
     return "\n".join(lines)

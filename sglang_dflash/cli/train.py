@@ -13,14 +13,14 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
-from sglang_dflash.cli.data import CACHE, TARGET
+from sglang_dflash.cli.data import CACHE, TARGET, barred, features_place
 from sglang_dflash.errors import UserError
 
 logger = logging.getLogger("sglang_dflash.train")
 # Options that are settings of the loop under the same name.
 SHARED = (
     *("minutes", "steps", "optimizer", "rate", "warmup", "rows", "anchors", "accumulate", "weight_decay"),
-    *("clip", "negatives", "complementary", "dropout", "feature_noise", "seed", "eval_every", "save_every"),
+    *("clip", "complementary", "dropout", "feature_noise", "seed", "eval_every", "save_every"),
 )
 
 
@@ -38,7 +38,7 @@ class TrainOptions(BaseSettings):
     minutes: float | None = Field(None, gt=0, description="time budget; the run ends with a saved drafter")
     steps: int | None = Field(None, gt=0, description="step budget instead (repeatable runs)")
 
-    layers: int = Field(5, ge=1, description="draft layers")
+    layers: int = Field(3, ge=1, description="draft layers")
     block: int = Field(8, ge=2, le=32, description="block size B: the anchor and B - 1 drafted tokens")
     target_layers: str = Field(
         "", description="feature layers, e.g. 1,8,15,22,28; default: spread over the depth"
@@ -46,16 +46,17 @@ class TrainOptions(BaseSettings):
     mask_token_id: int | None = Field(None, description="default: a token that chat text never holds")
     init_from: Path | None = Field(None, description="continue from a stock DFlash checkpoint")
     warm_layers: str = Field(
-        "", description="start from these target layers, e.g. 25,26,27,28,29; 'none': random"
+        "",
+        description="start from these target layers, e.g. 27,28,29; default: the last ones; 'none': random",
     )
 
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: orthogonalised updates of matrices"
     )
-    rate: float = Field(6e-4, gt=0, description="peak learning rate (cosine)")
+    rate: float = Field(1e-3, gt=0, description="peak learning rate (cosine)")
     warmup: float = Field(0.04, ge=0, lt=1, description="share of the run that warms up")
-    rows: int = Field(16, ge=1, description="documents a micro-batch")
-    anchors: int = Field(16, ge=1, description="random anchors a document, drawn anew each visit")
+    rows: int = Field(8, ge=1, description="documents a micro-batch")
+    anchors: int = Field(32, ge=1, description="random anchors a document, drawn anew each visit")
     accumulate: int = Field(1, ge=1, description="micro-batches an update")
     clip: float = Field(1.0, gt=0, description="gradient norm limit")
     weight_decay: float = Field(0.01, ge=0, description="AdamW decay of matrices")
@@ -69,8 +70,11 @@ class TrainOptions(BaseSettings):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the layers' outputs (small corpora)")
     feature_noise: float = Field(0.0, ge=0, description="relative noise on features (small corpora)")
     schedule: str = Field("", description="block sizes over the run, e.g. 0:4,0.3:8 (progress:size)")
-    negatives: int = Field(
-        -1, ge=-1, description="train on the corpus's ids plus n random others; -1: full head (CPU: 2048)"
+    negatives: int | None = Field(
+        None,
+        ge=-1,
+        description="the softmax's ids: the corpus's plus n random others; -1: the full head; "
+        "default: 2048 on a CPU, else -1",
     )
     greedy_only: bool = Field(False, description="train on greedy answers alone")
     attention: str = Field("auto", description="split, dense or flex; auto: flex on CUDA, split elsewhere")
@@ -79,10 +83,11 @@ class TrainOptions(BaseSettings):
     eval_every: float = Field(300, gt=0, description="seconds (or steps) between judgements")
     save_every: float = Field(120, gt=0, description="seconds (or steps) between saved states")
     features_dir: Path | None = Field(
-        None, description="feature cache; default <cache>/features/<corpus name>"
+        None,
+        description="feature cache, a folder in it per corpus if several; default <cache>/features/<corpus>",
     )
     exclude: list[Path] = Field(
-        [Path("benchmarks/prompts.jsonl")], description="JSONL prompts never trained on"
+        [], description="JSONL prompts never trained on; default: benchmarks/prompts.jsonl where it is"
     )
     seed: int = 0
     threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
@@ -116,7 +121,7 @@ def _drafter(o: TrainOptions, target):
         drafter = checkpoint.load_drafter(o.init_from)
         if drafter.config.hidden != target.hidden or drafter.config.vocab != target.vocab:
             raise UserError(f"{o.init_from} does not fit the target: hidden size or vocabulary differ")
-        return drafter.to(target.device)
+        return drafter.to(target.device, target.dtype)
     mask, name = (o.mask_token_id, "") if o.mask_token_id is not None else Chat(o.target).mask_token()
     if not 0 <= mask < target.vocab:
         raise UserError(f"mask token {mask} is outside the vocabulary of {target.vocab}")
@@ -125,7 +130,7 @@ def _drafter(o: TrainOptions, target):
     config = checkpoint.config_for(
         target, layers=o.layers, block=o.block, target_layers=layers, mask_token=mask
     )
-    drafter = Drafter(config).to(target.device, torch.bfloat16)
+    drafter = Drafter(config).to(target.device, target.dtype)
     with torch.no_grad():
         # The frozen head expects the target's scale; a fifth of it starts near a uniform guess.
         drafter.norm.weight.copy_(target.norm * 0.2)
@@ -133,16 +138,18 @@ def _drafter(o: TrainOptions, target):
 
 
 def _start(o: TrainOptions, drafter, target, train) -> None:
-    """Give a new drafter its start from the corpus: target layers where asked, else a balanced fusion."""
+    """Give a new drafter its start: the target's layers, or, where random was asked, a balanced fusion."""
     import torch
 
     from sglang_dflash.train import checkpoint
 
     if o.init_from is not None:
         return
-    if o.warm_layers not in ("", "none"):
+    if o.warm_layers != "none":
         sample = train[0].tokens[None, :256].to(target.device)
-        checkpoint.warm_start(drafter, target, _ints(o.warm_layers), sample)
+        depth = target.num_layers
+        sources = _ints(o.warm_layers) or tuple(range(depth - o.layers, depth))
+        checkpoint.warm_start(drafter, target, sources, sample)
         return
     planes = torch.cat([d.planes[d.prompt_len : -1, :-1] for d in train[:32]])
     checkpoint.balance_fusion(drafter, planes.to(target.device))
@@ -153,6 +160,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from sglang_dflash.train import batches, parallel, report
+    from sglang_dflash.train.corpus import read_meta
     from sglang_dflash.train.features import FeatureWriter
     from sglang_dflash.train.loss import LossSettings
     from sglang_dflash.train.target import DenseTarget
@@ -166,13 +174,14 @@ def main(argv: list[str]) -> int:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     target = DenseTarget(o.target, device=device)
     drafter = _drafter(o, target)
-    o.out.mkdir(parents=True, exist_ok=True)
 
-    excluded = batches.excluded_hashes(o.exclude)
+    excluded = batches.excluded_hashes(barred(o.exclude))
     train: list[batches.Document] = []
     held: list[batches.Document] = []
     for folder in o.corpus:
-        place = o.features_dir or CACHE / "features" / folder.name
+        place = features_place(o.features_dir, o.corpus, folder)
+        if (vocab := read_meta(folder).get("vocab")) != target.vocab:
+            raise UserError(f"corpus {folder} has ids of a vocabulary of {vocab}, the target {target.vocab}")
         writer = FeatureWriter(place, target, drafter.config.target_layers)
         train += batches.load_documents([folder], "train", writer, None, excluded, o.greedy_only)
         if o.held_out > len(held):
@@ -186,6 +195,7 @@ def main(argv: list[str]) -> int:
         loss=LossSettings(gamma=o.gamma, kl=o.kl, tree=o.tree, confidence=o.confidence),
         schedule=_schedule(o.schedule),
         how=how,
+        negatives=o.negatives if o.negatives is not None else (2048 if device == "cpu" else -1),
         **{name: getattr(o, name) for name in SHARED},
     )
     view = report.View(o.out, settings)
@@ -194,9 +204,13 @@ def main(argv: list[str]) -> int:
         logger.info("resumed at step %d, %.1f minutes in", trainer.step, trainer.elapsed / 60)
     options = json.loads(o.model_dump_json())
     (o.out / "options.json").write_text(json.dumps({"started": time.time(), **options}, indent=1) + "\n")
-    with view:
-        best = trainer.run()
+    try:
+        with view:
+            best = trainer.run()
+        if parallel.is_main():
+            report.plot(o.out)
+    except OSError as error:
+        raise UserError(f"cannot write to {o.out}: {error.strerror or error}; free some space") from None
     if parallel.is_main():
-        report.plot(o.out)
         print(f"best held-out accept length {best:.3f} (chain); drafter: {o.out / 'best'}")
     return 0

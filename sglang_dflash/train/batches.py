@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +95,11 @@ class Batch:
     weight: torch.Tensor
     planes: torch.Tensor
     layout: Layout
+
+    def to(self, device: str) -> Batch:
+        """The same batch on ``device``."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        return Batch(**moved)
 
     @property
     def blocks(self) -> int:

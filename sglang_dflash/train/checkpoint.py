@@ -176,6 +176,8 @@ def warm_start(drafter: Drafter, target: DenseTarget, sources: tuple[int, ...], 
     on average, plus a little of the others.
     """
     c = drafter.config
+    if bad := [i for i in sources if not 0 <= i < target.num_layers]:
+        raise UserError(f"--warm-layers names layer {bad[0]}: the target's are 0 to {target.num_layers - 1}")
     if len(sources) != c.layers or c.hidden != target.hidden or c.head_dim != target.head_dim:
         raise UserError(
             f"--warm-layers names {len(sources)} layers for a drafter of {c.layers}, or widths differ"

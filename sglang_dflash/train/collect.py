@@ -29,6 +29,7 @@ class Settings:
 
     out: Path
     response_tokens: int
+    minutes: float | None = None  # no new sequences after so long; those begun are finished
     max_new: int = 200
     max_prompt: int = 120
     sampled_share: float = 0.25
@@ -103,6 +104,7 @@ class Collector:
             self.openers = openers(settings.seed * 100003 + start)
         else:
             self.ready.extend(self._fresh(read_prompts(settings.prompts)))
+        self.late: Callable[[], bool] = lambda: False
         self.rng = torch.Generator().manual_seed(settings.seed * 7919 + self.next_index["train"])
 
     def _resume(self) -> None:
@@ -124,7 +126,7 @@ class Collector:
     def _source(self, n: int) -> list[Job]:
         """A group's worth of like jobs: answers when enough prompts wait, else new prompts."""
         s = self.settings
-        if self.tokens >= s.response_tokens:
+        if self.tokens >= s.response_tokens or self.late():
             return []
         if len(self.ready) < n:
             self.ready.extend(itertools.islice(self.templates, n - len(self.ready)))
@@ -190,6 +192,7 @@ class Collector:
             features=s.features, seed=s.seed * 31 + self.next_index["train"],
         )  # fmt: skip
         began, before = clock(), self.tokens
+        self.late = lambda: s.minutes is not None and clock() - began > 60 * s.minutes
         try:
             for done in generator.run(self._source):
                 self._take(done)

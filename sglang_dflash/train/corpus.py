@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from sglang_dflash.errors import UserError
 from sglang_dflash.train.prompts import KINDS, is_held_out
@@ -65,11 +66,11 @@ def write_atomically(path: Path, write) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
+    # torch.save says RuntimeError and safetensors its own error when the disk is full.
+    except (OSError, RuntimeError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space and run again"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {why}; free some space and run again") from None
 
 
 def write_shard(path: Path, records: list[Record], vocab: int) -> None:

@@ -49,7 +49,10 @@ class _Group:
 
 
 class Generator:
-    """Decodes jobs with ``groups`` x ``width`` slots of at most ``max_len`` tokens."""
+    """Decodes jobs with ``groups`` x ``width`` slots of at most ``max_len`` tokens.
+
+    Planes are kept in ``planes_dtype``, as the feature cache stores them.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class Generator:
         max_len: int = 384,
         features: tuple[int, ...] | None = None,
         seed: int = 0,
+        planes_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.target, self.stop, self.max_len = target, stop, max_len
         self.features = features
@@ -69,7 +73,7 @@ class Generator:
         self.planes = None
         if features is not None:
             shape = (groups * width, max_len, len(features) + 1, target.hidden)
-            self.planes = torch.zeros(shape, dtype=target.dtype, device=target.device)
+            self.planes = torch.zeros(shape, dtype=planes_dtype, device=target.device)
         self.rng = torch.Generator(device=target.device).manual_seed(seed)
 
     def _pick(self, last: torch.Tensor, temperature: torch.Tensor) -> list[int]:
@@ -146,7 +150,7 @@ class Generator:
         ]
         out = self.target.decode(last, slots, positions, self.cache, ranges, self.features or ())
         if self.planes is not None:
-            self.planes[slots, positions] = out
+            self.planes[slots, positions] = out.to(self.planes.dtype)
         picked = self._pick(out[:, -1], self._temperatures([g.jobs[r] for g, r in active]))
         for (group, row), token in zip(active, picked, strict=True):
             group.tokens[row].append(token)

@@ -49,7 +49,8 @@ def draft_table(
     B = block or c.block
     places = torch.tensor(list(document.anchors()))
     batch = build_batch([document], [places], B, c.mask_token, 1.0)
-    features = batch.planes[:, :, :-1]
+    batch = batch.to(target.device)
+    features = batch.planes[:, :, :-1].to(target.dtype)
     hidden = drafter(F.embedding(batch.inputs, target.embed), features, batch.layout)[0, :, 1:]
     P, L, H = hidden.shape
     flat, labels = hidden.reshape(P * L, H), batch.labels[0].reshape(P * L)
@@ -149,28 +150,37 @@ def _recall(tables: list[Table], k: int) -> list[float]:
     return (hit / seen.clamp_min(1)).tolist()
 
 
+def group_indices(kinds: list[tuple[str, float]]) -> dict[str, list[int]]:
+    """Indices of ``(family, temperature)`` rows by family (``chat``, ``code``, ``all``).
+
+    Several temperatures add one group each, and one for each of them and family.
+    """
+    groups: dict[str, list[int]] = {"all": list(range(len(kinds)))}
+    several = len({temperature for _, temperature in kinds}) > 1
+    for i, (name, temperature) in enumerate(kinds):
+        groups.setdefault(name, []).append(i)
+        if several:
+            groups.setdefault(f"T={temperature:g}", []).append(i)
+            groups.setdefault(f"{name} T={temperature:g}", []).append(i)
+    return groups
+
+
 def judge_tables(
     tables: list[Table], budgets: Iterable[int] = (16, 32, 64), depth_bonus: torch.Tensor | None = None
 ) -> dict[str, Judgement]:
-    """Judgements by family (``chat``, ``code``, ``all``), split further by temperature if several."""
-    groups: dict[str, list[Table]] = {"all": tables}
-    for t in tables:
-        groups.setdefault(t.family, []).append(t)
-    temperatures = sorted({t.temperature for t in tables})
-    if len(temperatures) > 1:
-        for value in temperatures:
-            groups[f"T={value:g}"] = [t for t in tables if t.temperature == value]
+    """Judgements of the chain and of trees by the groups of :func:`group_indices`."""
+    policies: dict[str, Callable[[Table], torch.Tensor]] = {"chain": chain_accepts}
+    for nodes in budgets:
+        policies[f"tree-{nodes}"] = partial(tree_accepts, nodes=nodes, depth_bonus=depth_bonus)
+    accepts = {policy: [count(t) for t in tables] for policy, count in policies.items()}
     out = {}
-    for name, members in groups.items():
+    for name, members in group_indices([(t.family, t.temperature) for t in tables]).items():
         j = Judgement(documents=len(members))
-        policies: dict[str, Callable[[Table], torch.Tensor]] = {"chain": chain_accepts}
-        for nodes in budgets:
-            policies[f"tree-{nodes}"] = partial(tree_accepts, nodes=nodes, depth_bonus=depth_bonus)
-        for policy, accepts in policies.items():
+        for policy, rows in accepts.items():
             walk = j.walks.setdefault(policy, Walk())
-            for t in members:
-                walk.add(accepts(t))
-        j.recall = {k: _recall(members, k) for k in (1, 4, 16)}
+            for i in members:
+                walk.add(rows[i])
+        j.recall = {k: _recall([tables[i] for i in members], k) for k in (1, 4, 16)}
         out[name] = j
     return out
 

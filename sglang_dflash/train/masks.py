@@ -32,6 +32,11 @@ class Layout:
     block: int
     how: str = "split"
 
+    def to(self, device: str) -> Layout:
+        """The same geometry on ``device``."""
+        anchor, document, position = (t.to(device) for t in (self.anchor, self.document, self.position))
+        return Layout(anchor, document, position, self.block, self.how)
+
     @property
     def context_positions(self) -> torch.Tensor:
         return self.position

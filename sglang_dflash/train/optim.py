@@ -109,7 +109,7 @@ class MasterMuon(MasterAdamW):
             g.mul_(scale)
             if p.ndim == 2:
                 m.lerp_(g, 1 - self.momentum)
-                update = orthogonalize(g.lerp(m, self.momentum))
+                update = orthogonalize(g.lerp(m, self.momentum), p.dtype)
                 x.mul_(1 - rate * decay).add_(update, alpha=-rate * 0.2 * math.sqrt(max(p.shape)))
             else:
                 m.lerp_(g, 1 - b1)

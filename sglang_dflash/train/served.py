@@ -1,45 +1,89 @@
-"""Accept length of a running server, from what it says of its own requests."""
+"""Accept length of a running server, request by request, beside the offline judgement of the same prompts."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import httpx
 
+from sglang_dflash.client.info import ServerInfo, normalize_url, read_server_info
 from sglang_dflash.errors import UserError
-from sglang_dflash.train.collect import read_prompts
+from sglang_dflash.train.batches import Document
+from sglang_dflash.train.generate import TOP_K
+from sglang_dflash.train.judge import Walk, group_indices
 
 
-def accept_length(base: str, prompts: Path, max_new: int, limit: int = 0) -> dict:
-    """Greedy answers to ``prompts`` one at a time; tokens per target pass from ``meta_info``.
+@dataclass(frozen=True)
+class Policy:
+    """What a server does with a block: ``chain``, or a tree of ``nodes`` from ``top_k`` candidates each."""
 
-    ``spec_verify_ct`` counts verify passes; the first token of an answer comes from the prefill.
+    mode: str
+    block: int
+    nodes: int = 0
+    top_k: int = 16
+
+    @property
+    def name(self) -> str:
+        return f"tree-{self.nodes}" if self.mode == "tree" else "chain"
+
+
+def policy_of(info: ServerInfo) -> Policy:
+    """The policy in use; UserError for a server without a DFlash drafter."""
+    if (info.speculative_algorithm or "").upper() != "DFLASH":
+        raise UserError("the server runs without a DFlash drafter: start it with sglang-dflash serve")
+    marker = info.marker
+    if marker is None or marker.mode != "tree":
+        return Policy("chain", int(info.speculative_num_draft_tokens or 0))
+    more = marker.model_extra or {}
+    top_k = int((more.get("settings") or {}).get("top_k", 16))
+    return Policy("tree", int(more["block_size"]), int(more["num_nodes"]), top_k)
+
+
+@dataclass
+class ServedRun:
+    """Walks by group (as the offline judgement names them) and how many answers came out token for token."""
+
+    policy: Policy
+    walks: dict[str, Walk] = field(default_factory=dict)
+    same: int = 0
+    answers: int = 0
+
+    def as_dict(self) -> dict:
+        return {
+            "policy": self.policy.name,
+            "accept_length": {name: round(walk.length, 4) for name, walk in self.walks.items()},
+            "tokens": {name: walk.tokens for name, walk in self.walks.items()},
+            "passes": {name: walk.passes for name, walk in self.walks.items()},
+            "answers": self.answers,
+            "same_answer": self.same,
+        }
+
+
+def run(url: str, documents: list[Document], max_new: int) -> ServedRun:
+    """Answers the documents' prompts one at a time, at their temperature, from token ids.
+
+    ``spec_verify_ct`` counts verify passes; the first token of an answer comes from the prefill,
+    the rest from verify passes, so the length is (tokens - 1) / passes, as offline.
     """
-    from openai import OpenAI
-
-    tokens = passes = answers = 0
-    url = base.rstrip("/")
-    try:
-        model = OpenAI(base_url=f"{url}/v1", api_key="none").models.list().data[0].id
-        for _, text in list(read_prompts(prompts))[: limit or None]:
-            reply = httpx.post(
-                f"{url}/v1/chat/completions",
-                json={
-                    "model": model, "messages": [{"role": "user", "content": text}],
-                    "temperature": 0, "max_tokens": max_new, "return_meta_info": True,
-                },
-                timeout=600,
-            )  # fmt: skip
-            reply.raise_for_status()
-            meta = reply.json()["choices"][0].get("meta_info") or {}
-            count = int(meta.get("spec_verify_ct") or 0)
-            if not count:
-                raise UserError(
-                    f"{url} reports no spec_verify_ct: start it with a drafter (sglang-dflash serve)"
-                )
-            tokens += int(meta["completion_tokens"]) - 1
-            passes += count
-            answers += 1
-    except httpx.HTTPError as error:
-        raise UserError(f"cannot reach {url}: {error}") from None
-    return {"accept_length": tokens / max(passes, 1), "tokens": tokens, "passes": passes, "answers": answers}
+    base = normalize_url(url)
+    out = ServedRun(policy_of(read_server_info(base)))
+    counts = []
+    with httpx.Client(base_url=base, timeout=600.0, trust_env=False) as http:
+        for document in documents:
+            prompt, answer = document.tokens[: document.prompt_len], document.tokens[document.prompt_len :]
+            sampling: dict = {"temperature": document.temperature, "max_new_tokens": max_new}
+            if document.temperature > 0:
+                sampling["top_k"] = TOP_K  # what offline answers are drawn from
+            body = {"input_ids": prompt.tolist(), "sampling_params": sampling}
+            try:
+                reply = http.post("/generate", json=body)
+                reply.raise_for_status()
+            except httpx.HTTPError as error:
+                raise UserError(f"{base} failed on a request: {error}") from None
+            tokens = reply.json()["output_ids"]
+            counts.append((len(tokens) - 1, int(reply.json()["meta_info"].get("spec_verify_ct") or 0)))
+            out.same += tokens == answer.tolist()
+    out.answers = len(documents)
+    for name, members in group_indices([(d.family, d.temperature) for d in documents]).items():
+        out.walks[name] = Walk(sum(counts[i][1] for i in members), sum(counts[i][0] for i in members))
+    return out

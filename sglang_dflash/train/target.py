@@ -49,6 +49,17 @@ class KVCache:
         return self.k.shape[1]
 
 
+def fast_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32.
+
+    A CPU without such instructions emulates bfloat16 matrix products at a third of float32's speed.
+    """
+    if not device.startswith("cpu"):
+        return torch.bfloat16
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+
+
 def _read_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -69,11 +80,12 @@ class DenseTarget:
 
     A feature of layer ``i`` is the residual stream *after* layer ``i`` (Hugging Face
     ``hidden_states[i + 1]``; the convention of DFlash ``target_layer_ids``). The last
-    hidden state is after the final norm, so ``last @ head.T`` are the logits.
+    hidden state is after the final norm, so ``last @ head.T`` are the logits. ``dtype`` None: the fast one.
     """
 
-    def __init__(self, path: Path | str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> None:
+    def __init__(self, path: Path | str, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
         self.path = Path(path)
+        dtype = dtype or fast_dtype(device)
         config_file = self.path / "config.json"
         if not config_file.is_file():
             raise UserError(f"no target model at {self.path}: config.json is missing (sglang-dflash fetch)")

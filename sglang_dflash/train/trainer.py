@@ -86,6 +86,7 @@ class Trainer:
             raise UserError("give exactly one budget: --minutes or --steps")
         self.drafter, self.target, self.held_out, self.s, self.out = drafter, target, held_out, settings, out
         self.observe = observe
+        out.mkdir(parents=True, exist_ok=True)
         rank, world = parallel.start()
         self.sampler = Sampler(train[rank::world], settings.rows, settings.anchors, settings.seed)
         kind = MasterMuon if settings.optimizer == "muon" else MasterAdamW
@@ -133,16 +134,16 @@ class Trainer:
         report = LossReport()
         for reveal in reveals:
             batch = build_batch(documents, anchors, size, c.mask_token, self.s.loss.gamma, reveal, self.s.how)
-            device = self.target.device
-            embeddings = F.embedding(batch.inputs.to(device), self.target.embed)
-            features = batch.planes[:, :, :-1]
+            wanted = None
+            if self.s.loss.kl:
+                wanted = last_hidden(batch, documents).flatten(0, 1).to(self.target.device, self.target.dtype)
+            features = batch.planes[:, :, :-1].to(self.target.dtype)
             if self.s.feature_noise:
                 noise = torch.randn(features.shape, generator=rng, dtype=features.dtype)
                 features = features * (1 + self.s.feature_noise * noise)
-            hidden = self.drafter(embeddings, features.to(device), batch.layout)
-            wanted = None
-            if self.s.loss.kl:
-                wanted = last_hidden(batch, documents).flatten(0, 1).to(device)
+            batch = batch.to(self.target.device)
+            embeddings = F.embedding(batch.inputs, self.target.embed)
+            hidden = self.drafter(embeddings, features.to(self.target.device), batch.layout)
             loss, report = block_loss(
                 hidden[:, :, 1:].flatten(0, 1), batch.labels.flatten(0, 1), batch.weight.flatten(0, 1),
                 head, self.s.loss, wanted,

@@ -5,6 +5,7 @@ One plain server answers for all of them (four servers in this module, at most t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from sglang_dflash.cli.main import main
 from sglang_dflash.client.exact import ServerOracle, Tally, Verdict, judge, tally
 from sglang_dflash.plugin.drafter import read_config
-from tests.server.support import Client, Request, chat_requests, dflash_args, embedded_args
+from tests.server.support import ROOT, Client, Request, chat_requests, dflash_args, embedded_args
 
 pytestmark = pytest.mark.server
 
@@ -57,6 +59,20 @@ def compare(plain: Plain, replies: list[dict[str, Any]]) -> Tally:
         if verdict.kind != "identical":
             print(f"  {verdict}")
     return counted
+
+
+def eval_apart(client: Client, policy: str, folder: Path) -> float:
+    """``sglang-dflash eval --server``: served accept length over the offline one, minus one."""
+    numbers = folder / "numbers.json"
+    args = ["--prompts", str(ROOT / "benchmarks" / "prompts.jsonl"), "--limit", "12", "--max-new", "48"]
+    args += ["--budgets", "16", "--server", client.server.url, "--json-out", str(numbers)]
+    assert main(["eval", *args]) == 0
+    served = json.loads(numbers.read_text())["served"]
+    assert served["policy"] == policy
+    assert served["answers"] == 12
+    assert set(served["accept_length"]) == set(served["offline"]) == {"all", "chat", "code"}
+    print(f"\n{served}")
+    return served["accept_length"]["all"] / served["offline"]["all"] - 1
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +135,10 @@ class TestTree:
         print(f"largest log-probability difference {worst:.4f}")
         assert worst < 0.15
 
+    def test_eval_says_offline_what_is_served(self, tree: Client, tmp_path: Path) -> None:
+        nodes = tree.info().speculative_num_draft_tokens
+        assert abs(eval_apart(tree, f"tree-{nodes}", tmp_path)) <= 0.03
+
     def test_sampling_and_greedy_in_one_batch(self, plain: Plain, tree: Client) -> None:
         requests = plain.requests[:4]
         greedy = tree.generate(requests, 1)
@@ -138,7 +158,7 @@ class TestChain:
     COUNT = 12
 
     def test_top1_tree_is_the_builtin_chain(
-        self, serving: Serving, plain: Plain, target: Path, drafter: Path
+        self, serving: Serving, plain: Plain, target: Path, drafter: Path, tmp_path: Path
     ) -> None:
         requests = plain.requests[: self.COUNT]
         block = read_config(drafter).block
@@ -147,6 +167,7 @@ class TestChain:
         with serving("chain", args, SGLANG_PLUGINS="dflash_cpu") as client:
             assert client.info().marker is None
             chain = client.generate(requests, 1)
+            assert abs(eval_apart(client, "chain", tmp_path)) <= 0.03
         with serving("top1", args, SGLANG_DFLASH_TOP_K="1") as client:
             assert f"draft trees on. nodes={block} block={block}" in client.server.output()
             tree = client.generate(requests, 1)

@@ -73,6 +73,8 @@ def test_warm_start_copies_layers_and_keeps_scale(target, drafter_config):
     assert 0.2 < float(q.q_norm.weight.mean()) < 20
     with pytest.raises(UserError, match="--warm-layers"):
         checkpoint.warm_start(drafter, target, (1,), tokens)
+    with pytest.raises(UserError, match="0 to 5"):
+        checkpoint.warm_start(drafter, target, (5, 6), tokens)
 
 
 @pytest.mark.parametrize("layers", [(0, 5), (3, 2), (-1, 2)])

@@ -1,10 +1,12 @@
 """Shards, splits and prompts."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from sglang_dflash.cli.data import features_place
 from sglang_dflash.errors import UserError
 from sglang_dflash.train import corpus
 from sglang_dflash.train.batches import excluded_hashes, load_documents
@@ -14,6 +16,7 @@ from sglang_dflash.train.corpus import Record
 from sglang_dflash.train.features import FeatureWriter
 from sglang_dflash.train.generate import Generator, Job
 from sglang_dflash.train.prompts import clean_turn, is_held_out, openers, prompt_hash
+from sglang_dflash.train.target import fast_dtype
 
 LAYERS = (0, 2, 4)
 
@@ -128,7 +131,9 @@ def test_batched_decoding_is_greedy_decoding(target):
         taken, waiting[:] = waiting[:n], waiting[n:]
         return taken
 
-    generator = Generator(target, {2}, groups=2, width=3, max_len=40, features=LAYERS)
+    generator = Generator(
+        target, {2}, groups=2, width=3, max_len=40, features=LAYERS, planes_dtype=torch.float32
+    )
     done = {d.job.tag: d for d in generator.run(source)}
     assert sorted(done) == list(range(11))
     for i, job in enumerate(jobs):
@@ -178,6 +183,18 @@ def test_collect_resumes_and_never_mixes_splits(tmp_path, target, target_dir):
     assert load_documents([tmp_path / "c"], "train", writer, limit=2)
 
 
+def test_collect_ends_with_its_minutes(tmp_path, target, target_dir):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"say the number {i} again"}) for i in range(90)))
+    settings = Settings(
+        out=tmp_path / "c", response_tokens=10**6, minutes=5, max_new=16, groups=2, width=4, prompts=prompts
+    )
+    seconds = iter(range(0, 10**6, 20))  # 20 s between two looks at the clock
+    Collector(target, Chat(target_dir), settings).run(lambda progress: None, lambda: next(seconds))
+    answers = sum(len(s) for s in corpus.load_split([tmp_path / "c"], "train"))
+    assert 8 <= answers < 60
+
+
 def test_features_of_another_choice_are_not_mixed(tmp_path, target):
     FeatureWriter(tmp_path, target, (0, 2))
     with pytest.raises(UserError, match="--features-dir"):
@@ -188,3 +205,28 @@ def test_stop_and_mask_tokens(target_dir):
     chat = Chat(target_dir)
     assert chat.stop_ids() == {2}
     assert chat.mask_token() == (3, "<empty_output>")
+
+
+def test_no_mask_token_is_named(target_dir, tmp_path):
+    for file in target_dir.iterdir():
+        text = file.read_text() if file.suffix == ".json" else None
+        if text is not None:
+            (tmp_path / file.name).write_text(text.replace("<empty_output>", "<plain_word>"))
+        elif file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="--mask-token-id"):
+        Chat(tmp_path).mask_token()
+
+
+@pytest.mark.parametrize(("flags", "fast"), [({"avx512_bf16": True}, True), ({"avx512_f": True}, False)])
+def test_dtype_follows_the_processor(monkeypatch, flags, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert fast_dtype("cpu") == (torch.bfloat16 if fast else torch.float32)
+    assert fast_dtype("cuda:0") == torch.bfloat16
+
+
+def test_features_of_two_corpora_lie_apart(tmp_path):
+    a, b = Path("x/a"), Path("x/b")
+    assert features_place(tmp_path, [a], a) == tmp_path
+    assert features_place(tmp_path, [a, b], a) != features_place(tmp_path, [a, b], b)
+    assert features_place(None, [a, b], b).name == "b"

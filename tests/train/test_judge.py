@@ -1,8 +1,19 @@
 """Offline accept lengths against a drafter simulated step by step."""
 
+import pytest
 import torch
 
-from sglang_dflash.train.judge import Table, Walk, chain_accepts, judge_tables, tree_accepts
+from sglang_dflash.client.info import ServerInfo
+from sglang_dflash.errors import UserError
+from sglang_dflash.train.judge import (
+    Table,
+    Walk,
+    chain_accepts,
+    group_indices,
+    judge_tables,
+    tree_accepts,
+)
+from sglang_dflash.train.served import Policy, policy_of
 
 
 def table(P=40, L=5, V=30, seed=0, skew=2.0) -> Table:
@@ -80,3 +91,28 @@ def test_groups_and_recall():
         int((t.labels[:, 0] >= 0).sum()) for t in tables
     )
     assert abs(row[1][0] - first) < 1e-6
+
+
+def test_groups_by_kind_and_temperature():
+    kinds = [("chat", 0.0), ("code", 0.0), ("code", 0.8)]
+    assert group_indices(kinds[:2]) == {"all": [0, 1], "chat": [0], "code": [1]}
+    assert group_indices(kinds) == {
+        "all": [0, 1, 2], "chat": [0], "code": [1, 2], "T=0": [0, 1], "T=0.8": [2],
+        "chat T=0": [0], "code T=0": [1], "code T=0.8": [2],
+    }  # fmt: skip
+
+
+def info(**more) -> ServerInfo:
+    known = {"version": "0.5.23", "model_path": "m", "speculative_num_draft_tokens": 8}
+    return ServerInfo(**known | {"speculative_algorithm": "DFLASH"} | more)
+
+
+def test_policy_of_a_server():
+    tree = {"plugin": "0.1.0", "mode": "tree", "worker": "w", "block_size": 6, "num_nodes": 16}
+    state = {"dflash": tree | {"settings": {"top_k": 4}}}
+    assert policy_of(info(internal_states=[state])) == Policy("tree", 6, 16, 4)
+    assert policy_of(info()) == Policy("chain", 8)
+    chain = {"plugin": "0.1.0", "mode": "chain", "worker": "w"}
+    assert policy_of(info(internal_states=[{"dflash": chain}])).name == "chain"
+    with pytest.raises(UserError, match="without a DFlash drafter"):
+        policy_of(info(speculative_algorithm=None))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sglang_dflash.cli.main import main
+from sglang_dflash.client.ports import free_port
 from sglang_dflash.errors import UserError
 from sglang_dflash.train import corpus
 from sglang_dflash.train.checkpoint import load_drafter
@@ -105,22 +108,15 @@ def losses_or_none(out) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_train_one_drafter(corpus_dir, target_dir, tmp_path):
-    """As ``accelerate launch`` starts them: both take every step, one writes."""
+    """``accelerate launch``, two processes over gloo: both take every step, one writes."""
     args = options(corpus_dir, target_dir, tmp_path, steps=6)
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29511",
-    }
-    command = [sys.executable, "-m", "sglang_dflash.cli.main", "train", *args]
-    runs = [
-        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
-        for r in range(2)
-    ]
-    for run in runs:
-        _, error = run.communicate(timeout=240)
-        assert run.returncode == 0, error.decode()[-500:]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(free_port())]
+    command = [*launch, "-m", "sglang_dflash.cli.main", "train", *args]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-1000:]
+    assert run.stdout.count("best held-out accept length") == 1
     assert [step for step, _ in losses(tmp_path)] == [*range(6), 6]
     assert load_drafter(tmp_path / "best").config.layers == 1
 
@@ -156,6 +152,9 @@ def test_run_leaves_a_served_drafter_a_log_and_a_picture(corpus_dir, target_dir,
     assert main(["train", *options(corpus_dir, target_dir, tmp_path, kl=1.0, optimizer="muon")]) == 0
     assert "best held-out accept length" in capsys.readouterr().out
     assert (tmp_path / "curve.png").stat().st_size > 5000
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert len(events.Scalars("train/loss")) == 25
+    assert [e.step for e in events.Scalars("held_out/all/chain")] == [8, 16, 24]
     config = json.loads((tmp_path / "best" / "config.json").read_text())
     assert config["dflash_config"] == {"mask_token_id": 3, "target_layer_ids": [0, 2, 4]}
     held = [json.loads(line)["held_out"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -188,6 +187,7 @@ def test_run_leaves_a_served_drafter_a_log_and_a_picture(corpus_dir, target_dir,
         ({"init-from": "/nowhere"}, "no drafter at"),
         ({"minutes": 1}, "exactly one budget"),
         ({"schedule": "x"}, "progress:size"),
+        ({"exclude": '["/nowhere.jsonl"]'}, "no file /nowhere.jsonl"),
     ],
 )
 def test_bad_input_is_one_line(corpus_dir, target_dir, tmp_path, capsys, more, message):
@@ -195,6 +195,38 @@ def test_bad_input_is_one_line(corpus_dir, target_dir, tmp_path, capsys, more, m
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_full_disk_is_one_line_and_keeps_the_last_good_drafter(corpus_dir, target_dir, tmp_path):
+    """The optimiser's state does not fit, the drafter before it did."""
+    args = options(corpus_dir, target_dir, tmp_path, eval_every=4, save_every=5)
+    code = "import resource, sys; from sglang_dflash.cli.main import main\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+    code += "sys.exit(main(['train', *sys.argv[1:]]))"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Features first: they are larger than the limit.
+    assert main(["train", *options(corpus_dir, target_dir, tmp_path / "first", steps=1)]) == 0
+    (tmp_path / "first" / "features").rename(tmp_path / "features")
+    run = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True)
+    assert run.returncode == 2, run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(f"error: cannot write {tmp_path / 'state.pt'}")
+    assert "Traceback" not in run.stderr
+    assert load_drafter(tmp_path / "best").config.layers == 1
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_corpus_that_does_not_fit_is_one_line(corpus_dir, target_dir, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(corpus_dir, other)
+    corpus.write_meta(other, {"target": "big", "vocab": 640, "max_new": 40})
+    assert main(["train", *options(other, target_dir, tmp_path / "a")]) == 2
+    assert "vocabulary of 640, the target 320" in capsys.readouterr().err
+    shutil.copytree(corpus_dir, tmp_path / "short")
+    shard = tmp_path / "short" / "train-00000.npz"
+    shard.write_bytes(shard.read_bytes()[:200])
+    assert main(["train", *options(tmp_path / "short", target_dir, tmp_path / "b")]) == 2
+    assert "train-00000.npz is damaged" in capsys.readouterr().err
 
 
 def test_target_without_head(target_dir, tmp_path, capsys):
