@@ -46,10 +46,10 @@ def parse() -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("out/side-by-side"))
     p.add_argument("--json", type=Path, default=Path("benchmarks/results/train_side_by_side.json"))
     p.add_argument("--start", type=Path, default=Path("out/ablation/start"), help="where both begin")
-    p.add_argument("--steps", type=int, default=50)
+    p.add_argument("--steps", type=int, default=40)
     p.add_argument("--rows", type=int, default=4, help="documents a step (ours); theirs pack as many tokens")
     p.add_argument("--anchors", type=int, default=32, help="anchors a document")
-    p.add_argument("--answers", type=int, default=28)
+    p.add_argument("--answers", type=int, default=16)
     return p.parse_args()
 
 
@@ -139,8 +139,8 @@ def main() -> None:
     plain += ["--per-position-loss-weight", "fixed-exp-decay", "--lr", "1e-3"]
     runs = {
         "speculators, plain recipe": lambda: theirs(o, target, train, plain),
-        "speculators, its loss (D-PACE)": lambda: theirs(o, target, train, [*plain[:6], "--lr", "1e-3"]),
         "ours, plain recipe": lambda: ours(o, target, train),
+        "speculators, its D-PACE loss": lambda: theirs(o, target, train, [*plain[:6], "--lr", "1e-3"]),
         "ours, KL 0.5, corpus's ids and 2048 others": lambda: ours(
             o, target, train, negatives=2048, loss=LossSettings(kl=0.5)
         ),

@@ -84,6 +84,7 @@ class Trainer:
     ) -> None:
         if (settings.minutes is None) == (settings.steps is None):
             raise UserError("give exactly one budget: --minutes or --steps")
+        drafter.to(target.device, target.dtype)
         self.drafter, self.target, self.held_out, self.s, self.out = drafter, target, held_out, settings, out
         self.observe = observe
         out.mkdir(parents=True, exist_ok=True)
