@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from sglang_dflash.errors import UserError
+from sglang_dflash.platform.linear import multiplies_bf16
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -54,10 +55,9 @@ def fast_dtype(device: str) -> torch.dtype:
 
     A CPU without such instructions emulates bfloat16 matrix products at a third of float32's speed.
     """
-    if not device.startswith("cpu"):
+    if not device.startswith("cpu") or multiplies_bf16():
         return torch.bfloat16
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+    return torch.float32
 
 
 def _read_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:

@@ -8,7 +8,9 @@ import torch
 
 from sglang_dflash.cli.data import features_place
 from sglang_dflash.errors import UserError
+from sglang_dflash.platform.linear import multiplies_bf16
 from sglang_dflash.train import corpus
+from sglang_dflash.train import target as target_module
 from sglang_dflash.train.batches import excluded_hashes, load_documents
 from sglang_dflash.train.chat import Chat
 from sglang_dflash.train.collect import Collector, Settings, read_prompts
@@ -221,6 +223,7 @@ def test_no_mask_token_is_named(target_dir, tmp_path):
 @pytest.mark.parametrize(("flags", "fast"), [({"avx512_bf16": True}, True), ({"avx512_f": True}, False)])
 def test_dtype_follows_the_processor(monkeypatch, flags, fast):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    monkeypatch.setattr(target_module, "multiplies_bf16", multiplies_bf16.__wrapped__)
     assert fast_dtype("cpu") == (torch.bfloat16 if fast else torch.float32)
     assert fast_dtype("cuda:0") == torch.bfloat16
 
