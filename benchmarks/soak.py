@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import re
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 import httpx
 import psutil
 from rich.console import Console
+from serving import machine
 from soak_load import HOWS, Answer, Task, ask, differences, make_tasks, strangers, until
 
 from sglang_dflash.client.info import read_server_info
@@ -214,8 +214,7 @@ def run(minutes: float, count: int, seed: int, folder: Path, console: Console) -
 
     target = fetch(SMOLLM2)
     tasks = make_tasks(AutoTokenizer.from_pretrained(target), read_prompts(prompts_file()), count, seed)
-    machine = f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores"
-    report = Report(datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), machine, minutes, len(tasks))
+    report = Report(datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), machine(), minutes, len(tasks))
     env: dict[str, str | None] = {
         **quick_start(),
         "SGLANG_LOGGING_CONFIG_PATH": str(log_config(folder)),

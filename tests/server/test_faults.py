@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sglang_dflash.client.metrics import Scrape, read_metrics
-from tests.server.support import ROOT, Pair, body_of
+from sglang_dflash.errors import UserError
+from tests.server.support import ROOT, Pair, Serving, body_of, dflash_args, tiny_args
 from tests.server.test_paths import requests_for
 
 pytestmark = pytest.mark.server
@@ -109,6 +113,21 @@ def test_a_nan_in_the_drafters_cache_costs_a_few_steps_and_no_token(tiny_servers
     assert again.total("sglang_dflash:drafter_fallbacks_total") == 0
     assert passes(replies) == usual
     assert "cleaned the drafter's KV cache" in tiny_servers.tree.server.output()
+
+
+@pytest.mark.slow
+def test_damaged_weights_are_one_line(serving: Serving, tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A damaged byte in the scheduler's own log: the cause stands where the traceback would."""
+    target, drafter = tiny_pair
+    damaged = Path(shutil.copytree(drafter, tmp_path / "damaged"))
+    weights = load_file(damaged / "model.safetensors")
+    weights["layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, damaged / "model.safetensors")
+    with (
+        pytest.raises(UserError, match=r"gate_up_proj\.weight holds NaN or infinity.*fetch it again"),
+        serving("damaged", tiny_args(target, *dflash_args(damaged, 16))),
+    ):
+        pass
 
 
 def test_only_loopback_and_no_remote_code(tiny_servers: Pair) -> None:
