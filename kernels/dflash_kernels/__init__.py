@@ -4,6 +4,7 @@ Depends on torch and triton alone. Every operation dispatches on its tensors: CU
 runs the Triton kernel, CPU the torch implementation; both follow the same contract.
 """
 
+from dflash_kernels.gumbel import race_argmax, race_noise
 from dflash_kernels.head_topk import draft_topk, merge_topk
 from dflash_kernels.kv_compact import KVCompactor, compact_kv
 from dflash_kernels.tree import DraftTree, ancestor_mask, num_words
@@ -25,6 +26,8 @@ __all__ = [
     "draft_topk",
     "merge_topk",
     "num_words",
+    "race_argmax",
+    "race_noise",
     "torch_plan",
     "tree_attention",
 ]

@@ -37,9 +37,12 @@ class Backend:
     compact: object
     tree_attention: object
     draft_topk: object
+    race_noise: object
+    race_argmax: object
 
 
 def _torch_backend(device: str) -> Backend:
+    from dflash_kernels.gumbel.reference import race_argmax_torch, race_noise_torch
     from dflash_kernels.head_topk.reference import draft_topk_torch
     from dflash_kernels.kv_compact.reference import compact_kv_torch
     from dflash_kernels.tree_accept.reference import accept_tree_torch
@@ -54,10 +57,13 @@ def _torch_backend(device: str) -> Backend:
         compact_kv_torch,
         tree_attention_torch,
         draft_topk_torch,
+        race_noise_torch,
+        race_argmax_torch,
     )
 
 
 def _triton_backend(device: str) -> Backend:
+    from dflash_kernels.gumbel.kernel import race_argmax_triton, race_noise_triton
     from dflash_kernels.head_topk.kernel import draft_topk_triton
     from dflash_kernels.kv_compact.kernel import PointerTable, compact_kv_triton
     from dflash_kernels.tree_accept.kernel import accept_tree_triton
@@ -75,6 +81,8 @@ def _triton_backend(device: str) -> Backend:
         compact,
         tree_attention_triton,
         draft_topk_triton,
+        race_noise_triton,
+        race_argmax_triton,
     )
 
 

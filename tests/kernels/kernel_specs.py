@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import triton
+from dflash_kernels.gumbel import kernel as gumbel
 from dflash_kernels.head_topk import kernel as topk
 from dflash_kernels.kv_compact import kernel as compact
 from dflash_kernels.tree_accept import kernel as accept
@@ -199,6 +200,40 @@ def topk_merge_spec(arch: int) -> Spec:
     )
 
 
+def race_spec(arch: int) -> Spec:
+    """Seeded race over the nodes' probabilities."""
+    return Spec(
+        name=f"race-sm{arch}",
+        kernel=gumbel.race_argmax_kernel,
+        arch=arch,
+        types={
+            "probs_ptr": "*fp32",
+            **dict.fromkeys(("seeds_ptr", "positions_ptr", "groups_ptr", "keys_ptr"), "*i64"),
+            **dict.fromkeys(("V", "SPAN"), "i32"),
+            **_strides(gumbel.race_argmax_kernel),
+        },
+        constants={"HAS_GROUPS": True, "BLOCK": gumbel.BLOCK},
+        options={"num_warps": gumbel.WARPS},
+        multiples_of_16=("SPAN",),
+    )
+
+
+def race_noise_spec(arch: int) -> Spec:
+    """The race's noise by itself."""
+    return Spec(
+        name=f"race-noise-sm{arch}",
+        kernel=gumbel.race_noise_kernel,
+        arch=arch,
+        types={
+            **dict.fromkeys(("seeds_ptr", "positions_ptr"), "*i64"),
+            "out_ptr": "*fp32",
+            "V": "i32",
+        },
+        constants={"BLOCK": gumbel.BLOCK},
+        options={"num_warps": gumbel.WARPS},
+    )
+
+
 FAST: list[Spec] = [
     *(prefix_spec(90, 128, rows) for rows in (16, 32, 64, 128)),
     prefix_spec(90, 64, 128),
@@ -220,6 +255,7 @@ FAST: list[Spec] = [
     topk_spec(90, 64),
     topk_merge_spec(90),
     topk_spec(100, 16),
+    race_spec(90),
 ]
 assert len(FAST) <= 24
 
@@ -239,5 +275,6 @@ for _arch in (80, 90, 100):
     _everything += [accept_spec(_arch, n) for n in (16, 128)]
     _everything += [topk_spec(_arch, r) for r in (16, 64)]
     _everything += [compact_spec(_arch), topk_merge_spec(_arch)]
+    _everything += [race_spec(_arch), race_noise_spec(_arch)]
 _seen = {spec.name for spec in FAST}
 REST: list[Spec] = [spec for spec in _everything if spec.name not in _seen]
