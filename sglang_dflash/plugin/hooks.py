@@ -30,12 +30,25 @@ SERVER_INFO = (
 )
 SCHEDULER_TRACEBACK = "sglang.srt.managers.scheduler.get_exception_traceback"
 
+PUBLISH = "sglang.srt.runtime_context.publish"
+SET_RANDOM_SEED = "sglang.srt.utils.common.set_random_seed"
+_BATCH_INFO = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
+_SAMPLE_FROM_PROBS = "sglang.srt.layers.sampler.Sampler._sample_from_probs"
+_GENERATE_REQ = "sglang.srt.managers.io_struct.GenerateReqInput"
+
 
 def create_worker(original: Callable, self: Any, server_args: Any) -> Any:
     """AROUND ``SpeculativeAlgorithm.create_worker``: the tree worker for DFLASH, in the scheduler."""
     if not self.is_dflash():
         return original(self, server_args)
-    _install_in_scheduler()
+    from sglang.srt.plugins.hook_registry import HookType
+
+    _install(
+        {
+            SERVER_INFO: (server_info, HookType.AFTER),
+            SCHEDULER_TRACEBACK: (scheduler_traceback, HookType.AROUND),
+        }
+    )
     verify_installed()
     if get_settings().mode == "chain":
         from sglang_dflash.plugin.banner import announce_chain
@@ -144,6 +157,70 @@ def scheduler_traceback(original: Callable) -> str:
     return f"sglang-dflash: {error}" if isinstance(error, UserError) else original()
 
 
+def publish(result: Any, server_args: Any, *args: Any, role: str, **kwargs: Any) -> None:
+    """AFTER ``publish``: SGLang says which process this is; the seeded sampler goes into two of them.
+
+    Their targets cost seconds to import in a process that would not need them. SGLang's own chain keeps
+    SGLang's own sampler.
+    """
+    if get_settings().mode == "chain":
+        return
+    from sglang_dflash.upstream import contract
+
+    if role == "scheduler":
+        contract.check_sampler()
+        _install(_sampler_table())
+    elif role == "tokenizer":
+        contract.check_front_end()
+        _install(_front_end_table())
+
+
+def set_random_seed(result: None, seed: int) -> None:
+    """AFTER ``set_random_seed``: the scheduler's, as broadcast to all ranks."""
+    from sglang_dflash.upstream.sampler import SEEDS
+
+    SEEDS.server_seed = seed
+
+
+def _sampler_table() -> dict[str, tuple[Callable, Any]]:
+    """Hooks of the scheduler process, see ``upstream/sampler.py``."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    from sglang_dflash.upstream import sampler
+
+    return {
+        f"{_BATCH_INFO}.adjusted_from_schedule_batch": (
+            lambda result, info, batch, vocab_size: sampler.attach_seeds(info, batch),
+            HookType.AFTER,
+        ),
+        f"{_BATCH_INFO}.adjusted_merge_batch": (
+            lambda result, info, other: sampler.merge_seeds(info, other),
+            HookType.AFTER,
+        ),
+        f"{_BATCH_INFO}.adjusted_filter_batch": (
+            lambda result, info, keep, keep_on_device: sampler.filter_seeds(info, keep_on_device),
+            HookType.AFTER,
+        ),
+        f"{_BATCH_INFO}.copy_for_forward": (sampler.copy_seeds, HookType.AFTER),
+        _SAMPLE_FROM_PROBS: (sampler.sample_from_probs, HookType.AROUND),
+    }
+
+
+def _front_end_table() -> dict[str, tuple[Callable, Any]]:
+    """Hooks of the process that takes requests."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    from sglang_dflash.upstream import sampler
+
+    return {
+        f"{_GENERATE_REQ}.__getitem__": (
+            lambda prompt, batch, i: sampler.attach_counter(prompt, batch),
+            HookType.AFTER,
+        ),
+        f"{_GENERATE_REQ}.regenerate_rid": (sampler.number_sample, HookType.AROUND),
+    }
+
+
 def _table() -> dict[str, tuple[Callable, Any]]:
     from sglang.srt.plugins.hook_registry import HookType
 
@@ -154,6 +231,8 @@ def _table() -> dict[str, tuple[Callable, Any]]:
         ROW_HEADROOM: (row_headroom, HookType.AROUND),
         DECODE_RESERVE: (decode_reserve_per_request, HookType.AROUND),
         ALLOC_LENS: (alloc_lens, HookType.AROUND),
+        PUBLISH: (publish, HookType.AFTER),
+        SET_RANDOM_SEED: (set_random_seed, HookType.AFTER),
     }
 
 
@@ -164,14 +243,21 @@ def register_all() -> None:
         HookRegistry.register(target, hook, kind)
 
 
-def _install_in_scheduler() -> None:
-    """The hooks whose targets cost 20 s to import: only where they are imported anyway."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+def _install(table: dict[str, tuple[Callable, Any]]) -> None:
+    """Hooks whose targets cost up to 20 s to import: only in the process that imports them anyway."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
 
-    if SERVER_INFO not in HookRegistry._patched:
-        HookRegistry.register(SERVER_INFO, server_info, HookType.AFTER)
-        HookRegistry.register(SCHEDULER_TRACEBACK, scheduler_traceback, HookType.AROUND)
+    fresh = [target for target in table if target not in HookRegistry._patched]
+    for target in fresh:
+        HookRegistry.register(target, *table[target])
+    if fresh:
         HookRegistry.apply_hooks()
+    failed = [target for target in table if target not in HookRegistry._patched]
+    if failed:
+        raise SystemExit(
+            f"sglang-dflash: SGLang did not apply the hook on {failed[0]}; run `sglang-dflash doctor`, "
+            "or set SGLANG_DFLASH_MODE=chain to go without."
+        )
 
 
 def missing() -> list[str]:

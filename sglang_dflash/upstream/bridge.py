@@ -31,9 +31,11 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 from sglang_dflash.errors import UserError
 from sglang_dflash.platform.linear import head_logits
 from sglang_dflash.upstream.requests import needs_penalties, penalties_of
+from sglang_dflash.upstream.sampler import params_of
 from sglang_dflash.worker.accept.penalties import apply_penalties, row_penalties
 from sglang_dflash.worker.accept.sample import SamplingParams
 from sglang_dflash.worker.history import TokenHistory
+from sglang_dflash.worker.noise import StepNoise
 from sglang_dflash.worker.step import Step, Width
 
 if TYPE_CHECKING:
@@ -184,6 +186,7 @@ class Bridge:
             write_virtual=slots.reshape(-1),
             read_extent=width.slots,
         )
+        sampling = self.sampling_params(batch)
         return Step(
             width=width,
             anchor=draft_input.bonus_tokens.view(-1),
@@ -191,6 +194,8 @@ class Bridge:
             slots=slots,
             plan=plan,
             host_lens=host_lens,
+            sampling=sampling,
+            noise=StepNoise.of(sampling, prefix_lens, width.block),
         )
 
     def _host_bound(self, batch: Any, step: Step, rows: int) -> tuple[torch.Tensor, int]:
@@ -396,19 +401,7 @@ class Bridge:
         self.worker._tp_sync.sync(site, chosen)
 
     def sampling_params(self, batch: Any) -> SamplingParams | None:
-        info = batch.sampling_info
-        if info is None:
-            return None
-        return SamplingParams(
-            temperature=info.temperatures.view(-1),
-            top_k=info.top_ks,
-            top_p=info.top_ps,
-            min_p=info.min_ps,
-            all_greedy=bool(info.is_all_greedy),
-            any_top_k=bool(info.need_top_k_sampling),
-            any_top_p=bool(info.need_top_p_sampling),
-            any_min_p=bool(info.need_min_p_sampling),
-        )
+        return None if batch.sampling_info is None else params_of(batch.sampling_info)
 
     def logprobs(self, batch: Any, output: Any, accepted: Accepted, chosen: torch.Tensor) -> None:
         """Log-probabilities of the committed tokens, where a request asks for them."""

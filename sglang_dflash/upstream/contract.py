@@ -31,6 +31,27 @@ LIGHT: dict[str, tuple[str, ...]] = {
         "page_size",
     ),
     "sglang.srt.plugins.hook_registry.HookRegistry.register": ("target", "hook", "hook_type"),
+    "sglang.srt.runtime_context.publish": ("server_args", "role"),
+    "sglang.srt.utils.common.set_random_seed": ("seed",),
+}
+
+# The seeded sampler (upstream/sampler.py), checked where it is installed: scheduler and front end.
+_BATCH_INFO = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
+SAMPLER: dict[str, tuple[str, ...]] = {
+    f"{_BATCH_INFO}.adjusted_from_schedule_batch": ("self", "batch", "vocab_size"),
+    f"{_BATCH_INFO}.adjusted_merge_batch": ("self", "other"),
+    f"{_BATCH_INFO}.adjusted_filter_batch": ("self", "keep_indices", "keep_indices_device"),
+    f"{_BATCH_INFO}.copy_for_forward": ("self",),
+    "sglang.srt.layers.sampler.Sampler._sample_from_probs": (
+        *("self", "probs", "sampling_info", "positions", "simple_sampling_case"),
+    ),
+    "sglang.srt.layers.sampler._SamplingMaskCapture": (
+        *("weights", "token_ids", "selected_weight", "batch_rows"),
+    ),
+}
+FRONT_END: dict[str, tuple[str, ...]] = {
+    "sglang.srt.managers.io_struct.GenerateReqInput.__getitem__": ("self", "i"),
+    "sglang.srt.managers.io_struct.GenerateReqInput.regenerate_rid": ("self",),
 }
 
 SERVER_INFO = (
@@ -203,6 +224,16 @@ def check() -> None:
 def check_worker() -> None:
     """Check the worker's contract (imports model code). Raises UserError."""
     _raise_if_broken(WORKER)
+
+
+def check_sampler() -> None:
+    """Check what the seeded sampler hooks in the scheduler. Raises UserError."""
+    _raise_if_broken(SAMPLER)
+
+
+def check_front_end() -> None:
+    """Check what the seeded sampler hooks where requests come in. Raises UserError."""
+    _raise_if_broken(FRONT_END)
 
 
 def check_triton() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from sglang_dflash.worker.accept.sample import SamplingParams
+    from sglang_dflash.worker.noise import StepNoise
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Step:
         slots: int64 [bs, width.slots], cache slots of positions prefix .. prefix + slots - 1.
         plan: SGLang's ``KVLocPlan`` over the slots; only the bridge looks inside.
         host_lens: int [bs] on the CPU, an upper bound of prefix_lens that costs no device read.
+        sampling: the requests' sampling parameters, None where the batch carries none.
+        noise: the sampling noise by request and depth, None where every request is greedy.
     """
 
     width: Width
@@ -50,6 +56,8 @@ class Step:
     slots: torch.Tensor
     plan: Any
     host_lens: torch.Tensor
+    sampling: SamplingParams | None = None
+    noise: StepNoise | None = None
 
     @property
     def batch_size(self) -> int:

@@ -17,6 +17,10 @@ def test_worker_contract_holds() -> None:
     assert contract.broken(contract.WORKER) == []
 
 
+def test_sampler_contract_holds() -> None:
+    assert contract.broken(contract.SAMPLER | contract.FRONT_END) == []
+
+
 def test_triton_seam_holds() -> None:
     assert contract.broken(contract.TRITON) == []
 
@@ -24,6 +28,8 @@ def test_triton_seam_holds() -> None:
 def test_every_hooked_function_is_under_contract() -> None:
     hooked = {*hooks._table(), hooks.SERVER_INFO, hooks.SCHEDULER_TRACEBACK}
     assert hooked <= set(contract.LIGHT) | set(contract.WORKER)
+    assert set(hooks._sampler_table()) <= set(contract.SAMPLER)
+    assert set(hooks._front_end_table()) <= set(contract.FRONT_END)
 
 
 def test_a_lost_parameter_and_a_lost_name_are_named() -> None:

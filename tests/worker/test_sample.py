@@ -6,9 +6,16 @@ import itertools
 
 import pytest
 import torch
-from dflash_kernels import accept_tree, build_tree
+from dflash_kernels import accept_tree, build_tree, race_noise
 
-from sglang_dflash.worker.accept.sample import SamplingParams, filtered_probs, sample_nodes
+from sglang_dflash.worker.accept.sample import (
+    SamplingParams,
+    filter_probs,
+    filtered_probs,
+    sample_nodes,
+    sample_rows,
+)
+from sglang_dflash.worker.noise import StepNoise
 
 VOCAB = 6
 
@@ -25,6 +32,7 @@ def params(
         any_top_k=top_k < VOCAB,
         any_top_p=top_p < 1.0,
         any_min_p=min_p > 0.0,
+        seeds=torch.arange(rows),
     )
 
 
@@ -56,14 +64,99 @@ def test_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> 
         torch.testing.assert_close(got[row].double(), want, atol=1e-6, rtol=1e-5)
 
 
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    """Each row alone gives what it gives among rows with other filters, on both ways through a row."""
+    vocab, rows = 3000, 8
+    logits = torch.randn(rows, vocab) * 4
+    logits[:, 100:140] = logits[:, 99:100]  # ties
+    mixed = SamplingParams(
+        temperature=torch.tensor([0.5, 0.7, 1.0, 1.0, 1.0, 1.5, 2.0, 1.0]),
+        top_k=torch.tensor([1, 50, 1 << 30, 700, 1 << 30, 7, 1 << 30, 1 << 30]),
+        top_p=torch.tensor([1.0, 0.9, 0.5, 0.999, 1.0, 1.0, 0.9999, 1.0]),
+        min_p=torch.tensor([0.0, 0.0, 0.0, 0.0, 0.05, 0.0, 0.0, 0.0]),
+        all_greedy=False,
+        any_top_k=True,
+        any_top_p=True,
+        any_min_p=True,
+    )
+    together = filtered_probs(logits, mixed)
+    sizes = (together > 0).sum(1).tolist()
+    assert max(sizes) == vocab, "no row without a filter"
+    assert any(256 < size < vocab for size in sizes), "no row needed the full sort"
+    for row in range(rows):
+        at = slice(row, row + 1)
+        alone = SamplingParams(
+            mixed.temperature[at],
+            mixed.top_k[at],
+            mixed.top_p[at],
+            mixed.min_p[at],
+            all_greedy=False,
+            any_top_k=bool(mixed.top_k[row] < vocab),
+            any_top_p=bool(mixed.top_p[row] < 1),
+            any_min_p=bool(mixed.min_p[row] > 0),
+        )
+        assert torch.equal(filtered_probs(logits[at], alone)[0], together[row])
+
+
+def test_ties_at_the_edge_of_the_filter_keep_the_lower_ids() -> None:
+    probs = torch.full((1, 8), 0.125)
+    kept = filter_probs(probs, params(1, top_k=3)) > 0
+    assert kept.tolist() == [[True] * 3 + [False] * 5]
+
+
+def noise_for(rows: int, depths: int = 1, position: int = 0) -> StepNoise:
+    return StepNoise(torch.arange(rows), torch.full((rows,), position), depths)
+
+
 def test_greedy_rows_in_a_sampled_batch() -> None:
     logits = torch.randn(64, VOCAB)
     mixed = params(64)
     mixed.top_k[::2] = 1
     mixed.any_top_k = True
-    got = sample_nodes(logits, mixed)
+    got = sample_nodes(logits, mixed, noise_for(64), torch.zeros(64, 1, dtype=torch.int32))
     assert torch.equal(got[::2], logits.argmax(-1)[::2])
     assert not torch.equal(got[1::2], logits.argmax(-1)[1::2])
+
+
+def test_a_node_takes_the_token_that_plain_decoding_takes() -> None:
+    """A node at depth d of a request at prefix p samples index p + d + 1, whatever its row and batch."""
+    bs, depths, vocab = 3, 4, 300
+    depth = torch.tensor([[0, 1, 1, 2, 3], [0, 1, 2, 2, 2], [0, 1, 2, 3, 3]], dtype=torch.int32)
+    nodes = depth.shape[1]
+    prefix = torch.tensor([10, 500, 31])
+    seeds = torch.tensor([7, 8, 7])
+    logits = torch.randn(bs * nodes, vocab) * 2
+    settings = params(bs, temperature=0.8, top_p=0.95)
+    settings.seeds = seeds
+    got = sample_nodes(logits, settings, StepNoise(seeds, prefix, depths), depth).view(bs, nodes)
+    for b in range(bs):
+        for n in range(nodes):
+            one = params(1, temperature=0.8, top_p=0.95)
+            one.seeds = seeds[b : b + 1]
+            row = logits[b * nodes + n][None]
+            position = prefix[b : b + 1] + depth[b, n] + 1
+            probs = (row / 0.8).softmax(-1)
+            assert int(sample_rows(probs, one, position)) == int(got[b, n])
+
+
+def test_the_step_computes_each_depth_once() -> None:
+    noise = StepNoise(torch.tensor([3, 4]), torch.tensor([10, 20]), 3)
+    table = noise.table(50)
+    assert table is not None
+    assert table.shape == (6, 50)
+    assert noise.table(50) is table
+    want = race_noise(torch.tensor([3, 3, 3, 4, 4, 4]), torch.tensor([11, 12, 13, 21, 22, 23]), 50)
+    assert torch.equal(table, want)
+    assert noise.groups(torch.tensor([[0, 2], [1, 1]])).tolist() == [0, 2, 4, 4]
+
+
+def test_greedy_batches_have_no_noise() -> None:
+    assert StepNoise.of(params(2, top_k=1), torch.tensor([1, 2]), 4) is None
+    assert StepNoise.of(None, torch.tensor([1, 2]), 4) is None
+    unseeded = params(2)
+    unseeded.seeds = None
+    with pytest.raises(RuntimeError, match="without seeds"):
+        StepNoise.of(unseeded, torch.tensor([1, 2]), 4)
 
 
 def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
@@ -93,7 +186,9 @@ def test_emitted_tokens_follow_the_target_at_every_depth(top_p: float) -> None:
         num_nodes=nodes,
     )
     logits = transition[tree.tokens]
-    chosen = sample_nodes(logits.view(-1, VOCAB), params(runs, top_p=top_p).per_node(nodes)).view(runs, nodes)
+    noise = noise_for(runs, depth + 1, position=40)
+    chosen = sample_nodes(logits.view(-1, VOCAB), params(runs, top_p=top_p), noise, tree.depth)
+    chosen = chosen.view(runs, nodes)
     accepted = accept_tree(tree, chosen, torch.zeros(runs, dtype=torch.int64), max_depth=depth)
     assert (accepted.path.clamp(min=0).max(1).values > depth).any(), "no path left the spine"
 

@@ -1,14 +1,23 @@
-"""One token per node from the target's distribution, filtered as plain decoding filters it.
+"""One token per row from the target's distribution, filtered as plain decoding filters it.
 
 Sampling the target once at every node and following the child that carries the sampled token
 emits exactly the target's samples, whatever the tree (SpecInfer's naive sampling, arXiv 2305.09781).
+The sample is a seeded race (`dflash_kernels.race_argmax`): its noise depends on the request's seed,
+the token's index in the sequence and the token id, so prefill, plain decoding and every tree node
+take the same token. Prefill and plain decoding come here through ``upstream/sampler.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from dflash_kernels import race_argmax
+from dflash_kernels.head_topk.reference import stable_topk
+
+from sglang_dflash.worker.noise import StepNoise
+
+_LEADING = 256  # candidates looked at before a whole row is sorted (CPU)
 
 
 @dataclass
@@ -21,6 +30,7 @@ class SamplingParams:
         top_p: float32 [bs], 1 means off.
         min_p: float32 [bs], 0 means off.
         all_greedy, any_top_k, any_top_p, any_min_p: what the batch needs at all (host booleans).
+        seeds: int64 [bs], keys of the noise; None in a batch that is greedy throughout.
     """
 
     temperature: torch.Tensor
@@ -31,44 +41,71 @@ class SamplingParams:
     any_top_k: bool
     any_top_p: bool
     any_min_p: bool
+    seeds: torch.Tensor | None = None
 
-    def per_node(self, nodes: int) -> SamplingParams:
-        """The same parameters for every one of a request's ``nodes`` rows."""
+    @property
+    def any_filter(self) -> bool:
+        return self.any_top_k or self.any_top_p or self.any_min_p
+
+    def per_row(self, rows: int) -> SamplingParams:
+        """The same parameters for every one of a request's ``rows`` rows."""
 
         def repeat(values: torch.Tensor) -> torch.Tensor:
-            return values.reshape(-1).repeat_interleave(nodes)
+            return values.reshape(-1).repeat_interleave(rows)
 
-        return SamplingParams(
-            repeat(self.temperature),
-            repeat(self.top_k),
-            repeat(self.top_p),
-            repeat(self.min_p),
-            self.all_greedy,
-            self.any_top_k,
-            self.any_top_p,
-            self.any_min_p,
+        return replace(
+            self,
+            temperature=repeat(self.temperature),
+            top_k=repeat(self.top_k),
+            top_p=repeat(self.top_p),
+            min_p=repeat(self.min_p),
+            seeds=None if self.seeds is None else repeat(self.seeds),
         )
 
 
 def filtered_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The distribution each row is sampled from, float32 [rows, V], not renormalised after filters.
+    """The distribution each row is sampled from, float32 [rows, V], not renormalised after filters."""
+    return filter_probs((logits.float() / params.temperature[:, None]).softmax(dim=-1), params)
 
-    Filters in SGLang's order (``layers/sampler.py``, pytorch backend): temperature, softmax, then top-k,
-    top-p and min-p on the sorted probabilities.
+
+def filter_probs(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """``probs`` [rows, V] with everything outside top-k, top-p and min-p at 0.
+
+    SGLang's order (``layers/sampler.py``, pytorch backend), on the sorted probabilities; equal ones in
+    order of their ids. A row's result does not depend on the other rows.
     """
-    probs = (logits.float() / params.temperature[:, None]).softmax(dim=-1)
-    if not (params.any_top_k or params.any_top_p or params.any_min_p):
+    if not params.any_filter:
         return probs
-    ranked, order = probs.sort(dim=-1, descending=True)
+    vocab = probs.shape[1]
+    off = (params.top_k >= vocab) & (params.top_p >= 1.0) & (params.min_p <= 0.0)
+    if not probs.is_cuda and vocab > _LEADING:
+        ranked, order = stable_topk(probs, _LEADING)
+        keep = _kept(ranked, params)
+        if not bool((keep[:, -1] & ~off).any()):
+            return _scatter(probs, ranked, order, keep, off)
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    return _scatter(probs, ranked, order, _kept(ranked, params), off)
+
+
+def _kept(ranked: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """bool [rows, K], which of the K largest probabilities stay; the kept ones are a prefix."""
     keep = torch.ones_like(ranked, dtype=torch.bool)
     if params.any_top_k:
         rank = torch.arange(ranked.shape[1], device=ranked.device)
         keep &= rank < params.top_k[:, None]
     if params.any_top_p:
-        keep &= ranked.cumsum(dim=-1) - ranked <= params.top_p[:, None]
+        # Rounding carries a sum past 1, which must not cut the tail of a row without top-p.
+        keep &= (ranked.cumsum(dim=-1) - ranked <= params.top_p[:, None]) | (params.top_p[:, None] >= 1.0)
     if params.any_min_p:
         keep &= ranked >= ranked[:, :1] * params.min_p[:, None]
-    return torch.zeros_like(probs).scatter_(1, order, ranked * keep)
+    return keep
+
+
+def _scatter(
+    probs: torch.Tensor, ranked: torch.Tensor, order: torch.Tensor, keep: torch.Tensor, off: torch.Tensor
+) -> torch.Tensor:
+    filtered = torch.zeros_like(probs).scatter_(1, order, ranked * keep)
+    return torch.where(off[:, None], probs, filtered)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -80,12 +117,35 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     return (logits if logits.is_cuda else logits.float()).argmax(dim=-1)
 
 
-def sample_nodes(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """int64 [rows]: argmax where top_k is 1, else one exact sample (exponential race, no host sync)."""
-    greedy = argmax(logits)
-    if params.all_greedy:
-        return greedy
+def sample_rows(probs: torch.Tensor, params: SamplingParams, positions: torch.Tensor) -> torch.Tensor:
+    """int64 [rows]: the sample of each row of SGLang's probabilities, as a tree node would take it.
+
+    Args:
+        probs: float32 [rows, V], softmax of the logits over the temperature.
+        positions: int64 [rows], index in the sequence of the token to sample.
+    """
+    assert params.seeds is not None
+    chosen = race_argmax(filter_probs(probs, params), params.seeds, positions)
+    return torch.where(params.top_k <= 1, probs.argmax(dim=-1), chosen) if params.any_top_k else chosen
+
+
+def sample_nodes(
+    logits: torch.Tensor, params: SamplingParams, noise: StepNoise, depth: torch.Tensor
+) -> torch.Tensor:
+    """int64 [bs * N]: argmax where top_k is 1, else one exact sample.
+
+    Args:
+        logits: [bs * N, V].
+        params: per request; nodes of one depth share their noise.
+        depth: int [bs, N].
+    """
+    params = params.per_row(depth.shape[1])
     probs = filtered_probs(logits, params)
-    race = torch.empty_like(probs).exponential_(1.0)
-    sampled = (probs / race).argmax(dim=-1)
-    return torch.where(params.top_k <= 1, greedy, sampled)
+    sampled = race_argmax(
+        probs,
+        noise.seeds,
+        noise.positions,
+        groups=noise.groups(depth),
+        noise=noise.table(logits.shape[1]),
+    )
+    return torch.where(params.top_k <= 1, argmax(logits), sampled) if params.any_top_k else sampled

@@ -26,13 +26,12 @@ class AcceptStage:
         self, verified: Verified, tree: DraftTree, step: Step, batch: object
     ) -> tuple[Accepted, torch.Tensor]:
         """Returns the accepted path and the target's tokens, int64 [bs, N]."""
-        params = self.bridge.sampling_params(batch)
-        nodes = step.width.nodes
-        if params is None or params.all_greedy:
+        params, noise = step.sampling, step.noise
+        if params is None or noise is None:
             chosen = argmax(verified.logits)
         else:
-            chosen = sample_nodes(verified.logits, params.per_node(nodes))
-        self.bridge.agree(chosen, sampled=params is not None and not params.all_greedy)
-        chosen = chosen.view(-1, nodes)
+            chosen = sample_nodes(verified.logits, params, noise, tree.depth)
+        self.bridge.agree(chosen, sampled=noise is not None)
+        chosen = chosen.view(-1, step.width.nodes)
         accepted = accept_tree(tree, chosen, step.prefix_lens, max_depth=step.width.depth)
         return accepted, chosen

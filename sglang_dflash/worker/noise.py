@@ -1,0 +1,56 @@
+"""The sampling noise of one step: one row per request and depth, known before the target runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from dflash_kernels import race_noise
+
+if TYPE_CHECKING:
+    from sglang_dflash.worker.accept.sample import SamplingParams
+
+
+class StepNoise:
+    """Noise keys of the tokens that a step can sample: depth 0 is the root's choice.
+
+    A node at depth d stands at position prefix + d, and the token sampled there has index
+    prefix + d + 1 in the sequence (prompt tokens plus generated ones before it).
+
+    Args:
+        seeds: int64 [bs], each request's.
+        prefix_lens: int64 [bs], the root's position.
+        depths: B, depths 0..B-1.
+
+    Attributes:
+        seeds, positions: int64 [bs * B], row b * B + d.
+    """
+
+    def __init__(self, seeds: torch.Tensor, prefix_lens: torch.Tensor, depths: int) -> None:
+        self.depths = depths
+        self.seeds = seeds.repeat_interleave(depths)
+        steps = torch.arange(1, depths + 1, device=prefix_lens.device)
+        self.positions = (prefix_lens[:, None] + steps).reshape(-1)
+        self._table: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, sampling: SamplingParams | None, prefix_lens: torch.Tensor, depths: int) -> StepNoise | None:
+        """The step's noise, or None where every request is greedy and nothing must be computed."""
+        if sampling is None or sampling.all_greedy:
+            return None
+        if sampling.seeds is None:
+            raise RuntimeError("a sampled batch without seeds: the hooks of upstream/sampler.py are not in")
+        return cls(sampling.seeds, prefix_lens, depths)
+
+    def groups(self, depth: torch.Tensor) -> torch.Tensor:
+        """int64 [bs * N], the noise row of each node of ``depth`` int [bs, N]."""
+        first = torch.arange(depth.shape[0], device=depth.device) * self.depths
+        return (first[:, None] + depth).reshape(-1)
+
+    def table(self, vocab: int) -> torch.Tensor | None:
+        """Exponential noise float32 [bs * B, V], computed once; None on CUDA, where kernels hash it."""
+        if self.seeds.is_cuda:
+            return None
+        if self._table is None:
+            self._table = race_noise(self.seeds, self.positions, vocab)
+        return self._table
