@@ -6,6 +6,7 @@ The same tree server's drafter is compared with z-lab's reference implementation
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.server.support import ROOT, Client, chat_requests, dflash_args, embedded_args
+from tests.server.support import ROOT, Client, Request, chat_requests, dflash_args, embedded_args
 
 pytestmark = pytest.mark.server
 
@@ -73,6 +74,83 @@ def test_penalties_count_every_token_of_a_path(params: dict[str, Any], pair: Pai
     got = [reply["output_ids"] for reply in pair.tree.generate(requests, 4, **params)]
     assert got == want
     assert want != base, "the penalty changed nothing; the test proves nothing"
+
+
+# One request of each kind in every eight, so that a batch mixes them all.
+KINDS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.7},
+    {"temperature": 1.0},
+    {"temperature": 1.5},
+    {"temperature": 0},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 1.5, "top_k": 40},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 0.7, "top_p": 0.95, "top_k": 100, "min_p": 0.01, "frequency_penalty": 0.4},
+)
+
+
+def seeded(client: Client, requests: list[Request], batch: int) -> list[list[int]]:
+    """Request i has kind i % 8 and seed 100 + i."""
+
+    def one(numbered: tuple[int, Request]) -> list[int]:
+        i, request = numbered
+        params = {**KINDS[i % len(KINDS)], "sampling_seed": 100 + i}
+        reply = client.post(
+            input_ids=list(request.ids),
+            sampling_params={"max_new_tokens": request.max_new_tokens, **params},
+        )
+        return reply["output_ids"]
+
+    with ThreadPoolExecutor(batch) as pool:
+        return list(pool.map(one, enumerate(requests)))
+
+
+def test_a_seeded_request_has_one_text(pair: Pair, tokenizer: Any) -> None:
+    """Plain or tree, alone or among seven others, before and after they filled the prefix cache."""
+    requests = chat_requests(tokenizer, 16, 24)
+    want = seeded(pair.plain, requests, 8)
+    assert seeded(pair.tree, requests, 8) == want
+    assert seeded(pair.tree, requests[:8], 1) == want[:8]
+    greedy = [reply["output_ids"] for reply in pair.plain.generate(requests, 8)]
+    same = [i for i, output in enumerate(want) if output == greedy[i]]
+    assert set(same) <= {3, 11}, "a sampled request gave the greedy text: the test proves little"
+
+
+def test_parallel_samples_of_a_seed_differ_and_repeat(pair: Pair, tokenizer: Any) -> None:
+    ids = list(chat_requests(tokenizer, 1, 20)[0].ids)
+
+    def samples(client: Client, n: int, **seed: int) -> list[list[int]]:
+        params = {"temperature": 1.0, "max_new_tokens": 20, "n": n, **seed}
+        replies = client.http.post("/generate", json={"input_ids": ids, "sampling_params": params}).json()
+        return [reply["output_ids"] for reply in (replies if isinstance(replies, list) else [replies])]
+
+    want = samples(pair.plain, 3, sampling_seed=7)
+    assert samples(pair.tree, 3, sampling_seed=7) == want
+    assert samples(pair.tree, 3, sampling_seed=7) == want
+    assert len({tuple(sample) for sample in want}) == 3
+    assert samples(pair.tree, 1, sampling_seed=7) == want[:1]
+    unseeded = samples(pair.tree, 3) + samples(pair.tree, 3)
+    assert len({tuple(sample) for sample in unseeded}) == 6, "unseeded samples repeat"
+
+
+def test_openai_seed(pair: Pair) -> None:
+    body = {
+        "model": "any",
+        "messages": [{"role": "user", "content": "Name a colour, then a fruit."}],
+        "max_tokens": 20,
+        "temperature": 1.0,
+    }
+
+    def text(client: Client, **more: Any) -> str:
+        reply = client.http.post("/v1/chat/completions", json={**body, **more})
+        reply.raise_for_status()
+        return reply.json()["choices"][0]["message"]["content"]
+
+    want = text(pair.plain, seed=11)
+    assert text(pair.tree, seed=11) == want
+    assert text(pair.tree, seed=12) != want
+    # One id for two unseeded requests does not make them one sample.
+    assert text(pair.tree, rid="mine") != text(pair.tree, rid="mine")
 
 
 def test_served_drafter_equals_the_reference(pair: Pair, target: Path, drafter: Path, tokenizer: Any) -> None:

@@ -62,6 +62,17 @@ class SamplingParams:
             seeds=None if self.seeds is None else repeat(self.seeds),
         )
 
+    def of_rows(self, rows: torch.Tensor) -> SamplingParams:
+        """The parameters of some rows, int64 [n]."""
+        return replace(
+            self,
+            temperature=self.temperature[rows],
+            top_k=self.top_k[rows],
+            top_p=self.top_p[rows],
+            min_p=self.min_p[rows],
+            seeds=None if self.seeds is None else self.seeds[rows],
+        )
+
 
 def filtered_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """The distribution each row is sampled from, float32 [rows, V], not renormalised after filters."""
@@ -78,13 +89,20 @@ def filter_probs(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         return probs
     vocab = probs.shape[1]
     off = (params.top_k >= vocab) & (params.top_p >= 1.0) & (params.min_p <= 0.0)
-    if not probs.is_cuda and vocab > _LEADING:
-        ranked, order = stable_topk(probs, _LEADING)
-        keep = _kept(ranked, params)
-        if not bool((keep[:, -1] & ~off).any()):
-            return _scatter(probs, ranked, order, keep, off)
-    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-    return _scatter(probs, ranked, order, _kept(ranked, params), off)
+    if probs.is_cuda or vocab <= _LEADING:
+        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+        kept = torch.zeros_like(probs).scatter_(1, order, ranked * _kept(ranked, params))
+        return torch.where(off[:, None], probs, kept)
+    # On a CPU a row of 49,152 costs 4 ms to sort: only rows whose cut is not among the largest pay it.
+    filtered, rows = probs.clone(), (~off).nonzero()[:, 0]
+    for leading in (_LEADING, vocab):
+        if not len(rows):
+            break
+        ranked, order = stable_topk(probs[rows], leading)
+        keep = _kept(ranked, params.of_rows(rows))
+        filtered[rows] = torch.zeros_like(filtered[rows]).scatter_(1, order, ranked * keep)
+        rows = rows[keep[:, -1]]
+    return filtered
 
 
 def _kept(ranked: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -99,13 +117,6 @@ def _kept(ranked: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.any_min_p:
         keep &= ranked >= ranked[:, :1] * params.min_p[:, None]
     return keep
-
-
-def _scatter(
-    probs: torch.Tensor, ranked: torch.Tensor, order: torch.Tensor, keep: torch.Tensor, off: torch.Tensor
-) -> torch.Tensor:
-    filtered = torch.zeros_like(probs).scatter_(1, order, ranked * keep)
-    return torch.where(off[:, None], probs, filtered)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
