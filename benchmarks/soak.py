@@ -218,8 +218,8 @@ def run(minutes: float, count: int, seed: int, folder: Path, console: Console) -
     env: dict[str, str | None] = {
         **quick_start(),
         "SGLANG_LOGGING_CONFIG_PATH": str(log_config(folder)),
-        "SGLANG_DFLASH_CANDIDATES": "soak_faults:candidates",
-        "PYTHONPATH": str(Path(__file__).resolve().parent),
+        "SGLANG_DFLASH_CANDIDATES": "benchmarks.soak_faults:candidates",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
     }
     console.print(f"plain decoding answers {len(tasks)} requests")
     answers = plain_answers(tasks, folder, env)

@@ -1,6 +1,6 @@
 """Drafts that fail now and then, for the soak: every ``EVERY``-th step one request's draft is NaN.
 
-Loaded in the scheduler by ``SGLANG_DFLASH_CANDIDATES=soak_faults:candidates``.
+Loaded in the scheduler by ``SGLANG_DFLASH_CANDIDATES=benchmarks.soak_faults:candidates``.
 """
 
 from __future__ import annotations
