@@ -360,14 +360,18 @@ class Bridge:
             self._history = TokenHistory(table.shape[0], table.shape[1], table.device)
         return self._history
 
-    def prepare_prefill(self, batch: Any) -> None:
-        """Note what requests with a text behind them have said, and penalise it.
+    def prepare_prefill(self, batch: Any, grammar_barrier: Any) -> None:
+        """Note what requests with a text behind them have said, and hold it against them.
 
         Those are retracted requests, and in a mixed batch the running ones. SGLang counts penalties only
-        in plain decoding's steps, so their next token would come out as if nothing had been said.
+        in plain decoding's steps, so their next token would come out as if nothing had been said; and
+        under overlap it fills a mixed batch's grammar masks before the last step's tokens have advanced
+        the grammars, which ends such a request with a 500.
         """
         history, rows = self.history(), batch.req_pool_indices
         mixed = batch.forward_mode.is_mixed()
+        if mixed and batch.has_grammar and grammar_barrier is not None:
+            grammar_barrier()
         for row, req in enumerate(batch.reqs):
             if len(req.output_ids):
                 said = torch.tensor([list(req.output_ids)], device=rows.device)

@@ -150,7 +150,7 @@ class TreeWorker(DFlashWorkerV2):
         ):
             idle = batch.forward_mode.is_idle()
             if not idle:
-                self.bridge.prepare_prefill(batch)
+                self.bridge.prepare_prefill(batch, grammar_barrier)
             result = super().forward_batch_generation(
                 batch,
                 on_publish=on_publish,

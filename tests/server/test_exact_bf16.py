@@ -28,6 +28,10 @@ BATCHES = (1, 4, 8)
 NEW_TOKENS = 32
 PROMPTS = 102
 LOGPROB_PROMPTS = 6
+CANARIES = (
+    *("zorblax", "quimpet", "frandle", "wizzock", "plumbor", "gratnik", "vexolot", "snarbel"),
+    *("twodrin", "kelpash", "morvint", "druzzle", "hibquat", "jalpeno", "ombrix", "yastrel"),
+)
 
 
 @dataclass
@@ -150,6 +154,21 @@ class TestTree:
         part = Plain(plain.client, plain.oracle, requests, [reply["output_ids"] for reply in greedy])
         assert compare(part, cold).ok
         assert any(a["output_ids"] != b["output_ids"] for a, b in zip(greedy, sampled, strict=True))
+
+    def test_no_request_says_anothers_word(self, tree: Client, tokenizer: Any) -> None:
+        """The canary for cross-talk: every request carries a word of its own."""
+        requests = []
+        for word in CANARIES:
+            prompt = f"Repeat this word three times: {word}"
+            ids = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+            )
+            requests.append(Request(tuple(ids), 24))
+        texts = [reply["text"].lower() for reply in tree.generate(requests, 8)]
+        said = [[word for word in CANARIES if word in text] for text in texts]
+        strangers = [words for own, words in zip(CANARIES, said, strict=True) if set(words) - {own}]
+        assert strangers == []
+        assert sum(words == [own] for own, words in zip(CANARIES, said, strict=True)) >= len(CANARIES) // 2
 
 
 class TestChain:

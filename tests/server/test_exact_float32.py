@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.server.support import ROOT, Client, Request, chat_requests, dflash_args, embedded_args
+from tests.server.support import (
+    ROOT,
+    Client,
+    Request,
+    accept_length,
+    chat_requests,
+    dflash_args,
+    embedded_args,
+)
 
 pytestmark = pytest.mark.server
 
@@ -151,6 +159,20 @@ def test_openai_seed(pair: Pair) -> None:
     assert text(pair.tree, seed=12) != want
     # One id for two unseeded requests does not make them one sample.
     assert text(pair.tree, rid="mine") != text(pair.tree, rid="mine")
+
+
+def test_a_prefix_from_the_cache_drafts_as_well(pair: Pair, tokenizer: Any) -> None:
+    """The drafter's KV of a cached prefix is in the same slots as the target's."""
+    requests = chat_requests(tokenizer, 6, NEW_TOKENS)
+    reply = pair.tree.http.post("/flush_cache", params={"timeout": 60})
+    assert reply.status_code == 200, reply.text
+    cold, warm = pair.tree.generate(requests, 3), pair.tree.generate(requests, 3)
+    assert [reply["output_ids"] for reply in warm] == [reply["output_ids"] for reply in cold]
+    assert min(reply["meta_info"]["cached_tokens"] for reply in warm) > 20
+    lengths = accept_length(cold), accept_length(warm)
+    print(f"accept length without a hit {lengths[0]:.3f}, with one {lengths[1]:.3f}")
+    assert lengths[0] > 1.5
+    assert lengths[1] >= 0.97 * lengths[0]
 
 
 def test_served_drafter_equals_the_reference(pair: Pair, target: Path, drafter: Path, tokenizer: Any) -> None:
