@@ -35,6 +35,10 @@ class DataOptions(BaseSettings):
     prompts: Path | None = Field(
         None, description="JSONL with 'prompt' or 'messages'; default: self-prompting"
     )
+    dataset: str | None = Field(
+        None, description="Hugging Face dataset of prompts or conversations: a name, or a folder on disk"
+    )
+    dataset_split: str = Field("train", description="its split")
     templates: bool = Field(False, description="prompts from built-in templates instead of self-prompting")
     exclude: list[Path] = Field(
         [],
@@ -90,6 +94,8 @@ def main(argv: list[str]) -> int:
         response_tokens=options.tokens,
         minutes=options.minutes,
         prompts=options.prompts,
+        dataset=options.dataset,
+        dataset_split=options.dataset_split,
         templates=options.templates,
         exclude=barred(options.exclude),
         max_new=options.max_new,

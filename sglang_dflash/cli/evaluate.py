@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
     from sglang_dflash.train.target import DenseTarget
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     if o.threads:
         torch.set_num_threads(o.threads)
     if not o.corpus and o.prompts is None:

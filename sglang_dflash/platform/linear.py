@@ -15,11 +15,12 @@ before and the result is rounded to the layer's dtype.
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+
+from sglang_dflash.platform.capability import multiplies_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +28,6 @@ MIN_ROWS = 4
 #: Rows that the blocked layout is chosen for.
 _HINT_ROWS = 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@functools.cache
-def multiplies_bf16() -> bool:
-    """Whether the CPU has bfloat16 matrix instructions (AVX512-BF16, AMX or Arm's)."""
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def packed_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -39,6 +39,8 @@ class Settings:
     width: int = 32
     seed: int = 0
     prompts: Path | None = None
+    dataset: str | None = None
+    dataset_split: str = "train"
     templates: bool = False
     exclude: list[Path] = field(default_factory=list)
     features: tuple[int, ...] | None = None
@@ -51,6 +53,44 @@ class Progress:
     goal: int
     rate: float
     records: int
+
+
+def _turn(row: dict) -> tuple[str, str] | None:
+    """(kind, text) of ``prompt`` or ``instruction``, or of the first user turn of a conversation."""
+    text = row.get("prompt") or row.get("instruction")
+    for turn in row.get("messages") or row.get("conversations") or []:
+        if text is None and (turn.get("role") or turn.get("from")) in ("user", "human"):
+            text = turn.get("content") or turn.get("value")
+    if not isinstance(text, str) or not text.strip():
+        return None
+    return ("code" if row.get("kind") == "code" else "chat"), text.strip()
+
+
+def read_dataset(name: str, split: str) -> Iterator[tuple[str, str]]:
+    """(kind, text) of a Hugging Face dataset: a name on the hub, or a folder of ``save_to_disk``."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--dataset needs the datasets package: pip install sglang-dflash[train]") from None
+    try:
+        if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(name)
+            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+        else:
+            rows = datasets.load_dataset(name, split=split)
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot load dataset {name}, split {split}: {why}") from None
+    usable = 0
+    for row in rows:
+        if (turn := _turn(row)) is not None:
+            usable += 1
+            yield turn
+    if not usable:
+        raise UserError(
+            f"dataset {name} has no usable turn: its columns are {', '.join(rows.column_names)}, needed is "
+            "'prompt', 'instruction', 'messages' or 'conversations'"
+        )
 
 
 def read_prompts(path: Path) -> Iterator[tuple[str, str]]:
@@ -67,13 +107,9 @@ def read_prompts(path: Path) -> Iterator[tuple[str, str]]:
             row = json.loads(line)
         except ValueError:
             raise UserError(f"{path}:{number} is not JSON: one object per line is needed") from None
-        text = row.get("prompt") or row.get("instruction")
-        for turn in row.get("messages") or row.get("conversations") or []:
-            if text is None and (turn.get("role") or turn.get("from")) in ("user", "human"):
-                text = turn.get("content") or turn.get("value")
-        if isinstance(text, str) and text.strip():
+        if (turn := _turn(row)) is not None:
             usable += 1
-            yield ("code" if row.get("kind") == "code" else "chat"), text.strip()
+            yield turn
     if not usable:
         raise UserError(f"{path} has no usable turn: 'prompt', 'instruction' or 'messages' with a user turn")
 
@@ -99,11 +135,13 @@ class Collector:
             first = settings.seed * 100003 + self.next_index["train"]
             # Finite: when every template is used up, the corpus is as large as templates make it.
             self.templates = self._fresh(itertools.islice(template_prompts(first), 200_000))
-        elif settings.prompts is None:
+        elif settings.dataset is not None:
+            self.ready.extend(self._fresh(read_dataset(settings.dataset, settings.dataset_split)))
+        elif settings.prompts is not None:
+            self.ready.extend(self._fresh(read_prompts(settings.prompts)))
+        else:
             start = self.next_index["train"]
             self.openers = openers(settings.seed * 100003 + start)
-        else:
-            self.ready.extend(self._fresh(read_prompts(settings.prompts)))
         self.late: Callable[[], bool] = lambda: False
         self.rng = torch.Generator().manual_seed(settings.seed * 7919 + self.next_index["train"])
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from sglang_dflash.errors import UserError
-from sglang_dflash.platform.linear import multiplies_bf16
+from sglang_dflash.platform.capability import multiplies_bf16
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -1,19 +1,22 @@
 """Shards, splits and prompts."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
 from sglang_dflash.cli.data import features_place
 from sglang_dflash.errors import UserError
-from sglang_dflash.platform.linear import multiplies_bf16
+from sglang_dflash.platform.capability import multiplies_bf16
 from sglang_dflash.train import corpus
 from sglang_dflash.train import target as target_module
 from sglang_dflash.train.batches import excluded_hashes, load_documents
 from sglang_dflash.train.chat import Chat
-from sglang_dflash.train.collect import Collector, Settings, read_prompts
+from sglang_dflash.train.collect import Collector, Settings, read_dataset, read_prompts
 from sglang_dflash.train.corpus import Record
 from sglang_dflash.train.features import FeatureWriter
 from sglang_dflash.train.generate import Generator, Job
@@ -185,6 +188,23 @@ def test_collect_resumes_and_never_mixes_splits(tmp_path, target, target_dir):
     assert load_documents([tmp_path / "c"], "train", writer, limit=2)
 
 
+def test_datasets(tmp_path):
+    rows = [
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": f"q {i}"}]}
+        for i in range(3)
+    ]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
+    assert [t for _, t in read_dataset(str(tmp_path / "d"), "train")] == ["q 0", "q 1", "q 2"]
+    both = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"prompt": "p", "kind": "code"}])})
+    both.save_to_disk(tmp_path / "e")
+    assert list(read_dataset(str(tmp_path / "e"), "test")) == [("code", "p")]
+    with pytest.raises(UserError, match="split train"):
+        list(read_dataset(str(tmp_path / "e"), "train"))
+    datasets.Dataset.from_list([{"answer": "a"}]).save_to_disk(tmp_path / "f")
+    with pytest.raises(UserError, match="no usable turn: its columns are answer"):
+        list(read_dataset(str(tmp_path / "f"), "train"))
+
+
 def test_collect_ends_with_its_minutes(tmp_path, target, target_dir):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": f"say the number {i} again"}) for i in range(90)))
@@ -233,3 +253,9 @@ def test_features_of_two_corpora_lie_apart(tmp_path):
     assert features_place(tmp_path, [a], a) == tmp_path
     assert features_place(tmp_path, [a, b], a) != features_place(tmp_path, [a, b], b)
     assert features_place(None, [a, b], b).name == "b"
+
+
+def test_training_does_not_import_sglang():
+    names = ", ".join(f"sglang_dflash.train.{name}" for name in ("trainer", "collect", "served", "judge"))
+    code = f"import sys, {names}; sys.exit('sglang' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
