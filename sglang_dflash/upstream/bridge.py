@@ -274,11 +274,7 @@ class Bridge:
         group, ranks = parallel.tp_group, parallel.tp_size
 
         def gather(mine: torch.Tensor) -> torch.Tensor:
-            every = torch.empty(
-                (ranks * mine.shape[0], *mine.shape[1:]), dtype=mine.dtype, device=mine.device
-            )
-            group.all_gather_into_tensor(every, mine.contiguous())
-            return every.view(ranks, *mine.shape)
+            return group.all_gather(mine.contiguous(), dim=0).view(ranks, *mine.shape)
 
         values, ids, _ = merge_topk(gather(values), gather(ids), gather(log_z))
         return values, ids

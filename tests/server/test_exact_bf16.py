@@ -28,6 +28,7 @@ BATCHES = (1, 4, 8)
 NEW_TOKENS = 32
 PROMPTS = 102
 LOGPROB_PROMPTS = 6
+PENALTIES = {"frequency_penalty": 1.9, "presence_penalty": 0.9, "repetition_penalty": 1.8}
 CANARIES = (
     *("zorblax", "quimpet", "frandle", "wizzock", "plumbor", "gratnik", "vexolot", "snarbel"),
     *("twodrin", "kelpash", "morvint", "druzzle", "hibquat", "jalpeno", "ombrix", "yastrel"),
@@ -186,12 +187,20 @@ class TestChain:
         with serving("chain", args, SGLANG_PLUGINS="dflash_cpu") as client:
             assert client.info().marker is None
             chain = client.generate(requests, 1)
+            # The same prefills again: a cached prefix rounds otherwise.
+            assert client.http.post("/flush_cache", params={"timeout": 60}).status_code == 200
+            ignored = client.generate(requests[:3], 1, **PENALTIES)
             assert abs(eval_apart(client, "chain", tmp_path)) <= 0.03
         with serving("top1", args, SGLANG_DFLASH_TOP_K="1") as client:
             assert f"draft trees on. nodes={block} block={block}" in client.server.output()
             tree = client.generate(requests, 1)
+            penalised = client.generate(requests[:3], 1, **PENALTIES)
         for left, right in zip(chain, tree, strict=True):
             assert left["output_ids"] == right["output_ids"]
             assert left["meta_info"]["spec_verify_ct"] == right["meta_info"]["spec_verify_ct"]
         part = Plain(plain.client, plain.oracle, requests, plain.outputs[: self.COUNT])
         assert compare(part, tree).ok
+        # What SGLang's chain says with penalties is what it says without; trees heed them.
+        for left, right, free in zip(ignored, penalised, chain, strict=False):
+            assert left["output_ids"] == free["output_ids"]
+            assert right["output_ids"] != free["output_ids"]
