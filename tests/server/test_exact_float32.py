@@ -93,7 +93,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0, "top_p": 0.9},
     {"temperature": 1.5, "top_k": 40},
     {"temperature": 1.0, "min_p": 0.05},
-    {"temperature": 0.7, "top_p": 0.95, "top_k": 100, "min_p": 0.01, "frequency_penalty": 0.4},
+    {"temperature": 0.7, "top_p": 0.95, "top_k": 100, "min_p": 0.01},
 )
 
 
@@ -115,20 +115,22 @@ def seeded(client: Client, requests: list[Request], batch: int) -> list[list[int
 
 def test_a_seeded_request_has_one_text(pair: Pair, tokenizer: Any) -> None:
     """Plain or tree, alone or among seven others, before and after they filled the prefix cache."""
-    requests = chat_requests(tokenizer, 16, 24)
+    # Not the prompts whose drafts are compared with the reference below.
+    requests = chat_requests(tokenizer, 32, 24)[16:]
     want = seeded(pair.plain, requests, 8)
     assert seeded(pair.tree, requests, 8) == want
     assert seeded(pair.tree, requests[:8], 1) == want[:8]
     greedy = [reply["output_ids"] for reply in pair.plain.generate(requests, 8)]
-    same = [i for i, output in enumerate(want) if output == greedy[i]]
-    assert set(same) <= {3, 11}, "a sampled request gave the greedy text: the test proves little"
+    changed = [i for i, output in enumerate(want) if output != greedy[i]]
+    assert not {3, 11} & set(changed), "a greedy request was sampled"
+    assert len(changed) >= 8, "most sampled requests gave the greedy text: the test proves little"
 
 
 def test_parallel_samples_of_a_seed_differ_and_repeat(pair: Pair, tokenizer: Any) -> None:
-    ids = list(chat_requests(tokenizer, 1, 20)[0].ids)
+    ids = list(chat_requests(tokenizer, 33, 20)[32].ids)
 
     def samples(client: Client, n: int, **seed: int) -> list[list[int]]:
-        params = {"temperature": 1.0, "max_new_tokens": 20, "n": n, **seed}
+        params = {"temperature": 1.5, "max_new_tokens": 20, "n": n, **seed}
         replies = client.http.post("/generate", json={"input_ids": ids, "sampling_params": params}).json()
         return [reply["output_ids"] for reply in (replies if isinstance(replies, list) else [replies])]
 
@@ -146,7 +148,7 @@ def test_openai_seed(pair: Pair) -> None:
         "model": "any",
         "messages": [{"role": "user", "content": "Name a colour, then a fruit."}],
         "max_tokens": 20,
-        "temperature": 1.0,
+        "temperature": 1.5,
     }
 
     def text(client: Client, **more: Any) -> str:
