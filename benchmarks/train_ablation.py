@@ -153,10 +153,11 @@ def length(run: dict, policy: str, picked: list[int] | None = None) -> float:
 def table(result: dict) -> str:
     """Mean over seeds, spread, and the gain over the plain recipe with its standard error over answers."""
     runs: dict[str, list[dict]] = {}
-    for run in result["runs"]:
+    order = [variant.name for variant in VARIANTS]
+    for run in sorted(result["runs"], key=lambda r: (order.index(r["variant"]), r["seed"])):
         runs.setdefault(run["variant"], []).append(run)
     base = runs.get(VARIANTS[0].name, [])
-    lines = ["| recipe | seeds | chain | gain, % | tree-32 | gain, % | s a step |", "| --- " * 7 + "|"]
+    lines = ["| recipe | seeds | chain | gain, % | tree-32 | gain, % |", "| --- " * 6 + "|"]
     for name, rows in runs.items():
         cells = [name, str(len(rows))]
         for policy in POLICIES:
@@ -164,7 +165,6 @@ def table(result: dict) -> str:
             spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")
             cells.append("" if rows is base or not base else gain(rows, base, policy))
-        cells.append(f"{statistics.mean(r['seconds'] for r in rows) / result['steps']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

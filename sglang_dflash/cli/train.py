@@ -63,7 +63,7 @@ class TrainOptions(BaseSettings):
     gamma: float = Field(
         4.0, gt=0, description="position decay exp(-(k-1)/gamma); paper: 7/5/4 at block 16/10/8"
     )
-    kl: float = Field(0.5, ge=0, le=1, description="share of the target's own distribution in the loss")
+    kl: float = Field(0.0, ge=0, le=1, description="share of the target's own distribution in the loss")
     tree: float = Field(0.0, ge=0, description="extra weight where a draft tree can still reach")
     confidence: float = Field(0.0, ge=0, description="extra weight that sharpens right top tokens")
     complementary: float = Field(0.0, ge=0, le=1, description="share of steps with twin half-revealed blocks")
