@@ -29,6 +29,8 @@ def test_plain_decodings_answer_is_right() -> None:
     assert soak_load.differences(TASK, replace(WANT, passes=4), WANT) == []
     broken_off = replace(WANT, ids=[5, 6], text="a b", finish=None, tokens=2, whole=False)
     assert soak_load.differences(TASK, broken_off, WANT) == []
+    in_the_last_step = replace(WANT, ids=[5, 6, 7, 8, 9], tokens=5, whole=False)
+    assert soak_load.differences(TASK, in_the_last_step, WANT) == []
     assert soak_load.differences(TASK, replace(WANT, ids=[9, 9, 9, 9]), None) == []
 
 
