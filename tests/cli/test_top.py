@@ -145,11 +145,20 @@ def test_once_prints_one_frame() -> None:
     assert "1.75" in done.stdout
 
 
+def listen_to_ctrl_c() -> None:
+    """A test run in the background of a shell has SIGINT ignored, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_the_live_view() -> None:
     with page(200, text((4, 2, 2))) as url:
         screen, terminal = pty.openpty()
         live = subprocess.Popen(
-            command("--url", url, "--every", "0.2"), stdout=terminal, stderr=subprocess.PIPE, text=True
+            command("--url", url, "--every", "0.2"),
+            stdout=terminal,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=listen_to_ctrl_c,
         )
         shown = b""
         while b"1.75" not in shown:
