@@ -73,7 +73,14 @@ def losses(out) -> list[tuple[int, float]]:
 
 def test_kill_and_resume_give_the_same_curve(corpus_dir, target_dir, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    switches = {"negatives": 20, "complementary": 0.5, "schedule": "0:3,0.5:4", "tree": 0.5, "dropout": 0.1}
+    switches = {
+        "negatives": 20,
+        "complementary": 0.5,
+        "schedule": "0:3,0.5:4",
+        "tree": 0.5,
+        "dropout": 0.1,
+        "kl": 0.5,
+    }
     assert main(["train", *options(corpus_dir, target_dir, whole, **switches)]) == 0
     args = options(corpus_dir, target_dir, broken, **switches)
     code = "import sys, time, sglang_dflash.train.trainer as t\n"
