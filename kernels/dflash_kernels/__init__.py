@@ -4,7 +4,7 @@ Depends on torch and triton alone. Every operation dispatches on its tensors: CU
 runs the Triton kernel, CPU the torch implementation; both follow the same contract.
 """
 
-from dflash_kernels.gumbel import race_argmax, race_noise
+from dflash_kernels.gumbel import Race, race_argmax, race_noise, race_noise_at
 from dflash_kernels.head_topk import draft_topk, merge_topk
 from dflash_kernels.kv_compact import KVCompactor, compact_kv
 from dflash_kernels.tree import DraftTree, ancestor_mask, num_words
@@ -17,6 +17,7 @@ __all__ = [
     "Accepted",
     "DraftTree",
     "KVCompactor",
+    "Race",
     "TorchPlan",
     "TreeAttentionWorkspace",
     "accept_tree",
@@ -28,6 +29,7 @@ __all__ = [
     "num_words",
     "race_argmax",
     "race_noise",
+    "race_noise_at",
     "torch_plan",
     "tree_attention",
 ]

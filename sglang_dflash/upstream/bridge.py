@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from dflash_kernels import Accepted, DraftTree, ancestor_mask, draft_topk, merge_topk
+from dflash_kernels import Accepted, DraftTree, Race, ancestor_mask, draft_topk, merge_topk
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.lora.layers import unwrap_lora_layer
@@ -248,8 +248,18 @@ class Bridge:
             raise RuntimeError("SGLang's drafter returned no hidden states for the draft block")
         return hidden.view(bs, block, -1)
 
-    def head_topk(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def vocab_size(self) -> int:
+        """V, rows of the whole head that are real tokens."""
+        head = self._head()
+        return int(getattr(head, "org_vocab_size", len(head.weight)))
+
+    def head_topk(
+        self, hidden: torch.Tensor, k: int, race: Race | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Top-K log-probabilities of the target's head over [T, H] drafter states.
+
+        Args:
+            race: rank by perturbed scores instead, see `dflash_kernels.draft_topk`.
 
         Returns:
             logprobs float32 [T, K] descending and token ids int64 [T, K], equal on all ranks.
@@ -259,15 +269,15 @@ class Bridge:
         shard = getattr(head, "shard_indices", None)
         parallel = get_parallel()
         sharded = parallel.tp_size > 1 and shard is not None
-        whole = int(getattr(head, "org_vocab_size", len(weight)))
         values, ids, log_z = draft_topk(
             hidden.to(weight.dtype),
             weight,
             k,
             vocab_start=int(shard.org_vocab_start_index) if sharded and shard else 0,
-            num_valid=int(shard.num_org_elements) if sharded and shard else whole,
+            num_valid=int(shard.num_org_elements) if sharded and shard else self.vocab_size(),
             normalize=not sharded,
             project=lambda rows: head_logits(head, rows),
+            race=race,
         )
         if not sharded:
             return values, ids

@@ -51,6 +51,6 @@ class StepNoise:
         """Exponential noise float32 [bs * B, V], computed once; None on CUDA, where kernels hash it."""
         if self.seeds.is_cuda:
             return None
-        if self._table is None:
+        if self._table is None or self._table.shape[1] < vocab:
             self._table = race_noise(self.seeds, self.positions, vocab)
-        return self._table
+        return self._table[:, :vocab]

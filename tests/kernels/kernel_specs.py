@@ -155,17 +155,18 @@ def compact_spec(arch: int) -> Spec:
     )
 
 
-def topk_spec(arch: int, rows: int, k: int = 16) -> Spec:
+def topk_spec(arch: int, rows: int, k: int = 16, *, race: bool = False) -> Spec:
     """Head matmul with the top-K epilogue."""
     pointers = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "keys_ptr": "*i64"}
-    pointers |= dict.fromkeys(("max_ptr", "sum_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("max_ptr", "sum_ptr", "scale_ptr", "strength_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("seeds_ptr", "positions_ptr"), "*i64")
     return Spec(
-        name=f"topk-sm{arch}-rows{rows}-k{k}",
+        name=f"topk-sm{arch}-rows{rows}-k{k}{'-race' if race else ''}",
         kernel=topk.head_topk_kernel,
         arch=arch,
         types={
             **pointers,
-            **dict.fromkeys(("T", "V", "H", "tiles_per_span"), "i32"),
+            **dict.fromkeys(("T", "V", "H", "tiles_per_span", "vocab_start"), "i32"),
             "cap": "fp32",
             **_strides(topk.head_topk_kernel),
         },
@@ -176,6 +177,7 @@ def topk_spec(arch: int, rows: int, k: int = 16) -> Spec:
             "BV": topk.BLOCK_V,
             "BH": topk.BLOCK_H,
             "HAS_CAP": False,
+            "HAS_RACE": race,
             "PRECISION": "tf32",
             "UPCAST": False,
         },
@@ -225,11 +227,11 @@ def race_noise_spec(arch: int) -> Spec:
         kernel=gumbel.race_noise_kernel,
         arch=arch,
         types={
-            **dict.fromkeys(("seeds_ptr", "positions_ptr"), "*i64"),
+            **dict.fromkeys(("seeds_ptr", "positions_ptr", "ids_ptr"), "*i64"),
             "out_ptr": "*fp32",
             "V": "i32",
         },
-        constants={"BLOCK": gumbel.BLOCK},
+        constants={"HAS_IDS": True, "BLOCK": gumbel.BLOCK},
         options={"num_warps": gumbel.WARPS},
     )
 
@@ -274,6 +276,7 @@ for _arch in (80, 90, 100):
     _everything += [build_spec(_arch, n, spine=s) for n in (16, 64, 128) for s in (True, False)]
     _everything += [accept_spec(_arch, n) for n in (16, 128)]
     _everything += [topk_spec(_arch, r) for r in (16, 64)]
+    _everything += [topk_spec(_arch, r, 32, race=True) for r in (16, 64)]
     _everything += [compact_spec(_arch), topk_merge_spec(_arch)]
     _everything += [race_spec(_arch), race_noise_spec(_arch)]
 _seen = {spec.name for spec in FAST}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from dflash_kernels import race_argmax, race_noise
+from dflash_kernels import race_argmax, race_noise, race_noise_at
 from dflash_kernels._dispatch import interpreting
 from dflash_kernels.gumbel.reference import race_argmax_torch, race_bits, race_noise_torch
 
@@ -60,6 +60,15 @@ def test_noise_is_the_same_everywhere(backend):
     want = -torch.log1p(-((race_bits(SEEDS, POSITIONS, vocab).double() + 0.5) * 2.0**-31))
     # Towards the large values, which lose every race, float32 rounds 1 - u.
     assert ((got.double() - want).abs() <= 2e-6 * want + 2.0**-23 * want.exp()).all()
+
+
+def test_noise_of_some_tokens(backend):
+    ids = torch.randint(0, 900, (len(SEEDS), 5))
+    got = race_noise_at(SEEDS.to(backend.device), POSITIONS.to(backend.device), ids.to(backend.device))
+    assert torch.equal(
+        got.cpu(),
+        backend.race_noise(SEEDS.to(backend.device), POSITIONS.to(backend.device), 900).cpu().gather(1, ids),
+    )
 
 
 def test_argmax_is_the_same_everywhere(backend):

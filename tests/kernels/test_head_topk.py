@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dflash_kernels import draft_topk, merge_topk
+from dflash_kernels import Race, draft_topk, merge_topk
 from dflash_kernels._dispatch import interpreting
+from dflash_kernels.gumbel.reference import race_noise_torch
 from dflash_kernels.head_topk.reference import stable_topk
 
 # The interpreter pays for every sorting stage in Python: one vocabulary tile and a bit is enough there.
@@ -75,6 +76,53 @@ def test_shards_merge_to_the_whole():
     logprobs, ids, log_z = merge_topk(*(torch.stack(p) for p in zip(*parts, strict=True)))
     assert torch.equal(ids, whole[1])
     torch.testing.assert_close(logprobs, whole[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(log_z, whole[2], atol=1e-5, rtol=1e-5)
+
+
+def race_of(rows: int, vocab: int, device: str = "cpu") -> Race:
+    """Every other row perturbed, temperatures between 0.5 and 2."""
+    seeds, positions = torch.randint(0, 1 << 62, (rows,)), torch.randint(0, 5000, (rows,))
+    return Race(
+        seeds=seeds.to(device),
+        positions=positions.to(device),
+        scale=torch.linspace(0.5, 2.0, rows).to(device),
+        strength=(torch.arange(rows) % 2 == 0).float().to(device),
+        noise=race_noise_torch(seeds, positions, vocab).to(device),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_race_ranks_the_whole_vocabulary(backend, dtype):
+    T, H, k = 3, 48, 4
+    hidden = torch.randn(T, H).to(dtype)
+    head = (torch.randn(VOCAB, H) / H**0.5).to(dtype)
+    race = race_of(T, VOCAB, backend.device)
+    values, ids, log_z = (
+        t.cpu() for t in backend.draft_topk(hidden.to(backend.device), head.to(backend.device), k, race=race)
+    )
+    scaled = (hidden.double() @ head.double().t()) * race.scale.cpu()[:, None]
+    g = -race.noise.cpu().double().log()
+    want, want_ids = (scaled + race.strength.cpu()[:, None] * g).sort(1, descending=True)
+    torch.testing.assert_close(values.double(), want[:, :k], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(log_z.double(), scaled.logsumexp(1), atol=4e-3, rtol=0)
+    assert torch.equal(ids, want_ids[:, :k])
+    torch.testing.assert_close(race.gumbel(ids.to(backend.device)).cpu().double(), g.gather(1, ids))
+
+
+def test_shards_of_a_race_merge_to_the_whole():
+    """A shard's noise is that of its global token ids."""
+    T, V, k = 4, VOCAB, 3
+    hidden, head = torch.randn(T, 24), torch.randn(V, 24)
+    race = race_of(T, V)
+    whole = draft_topk(hidden, head, k, race=race)
+    cut = V // 3
+    parts = [
+        draft_topk(hidden, head[start:end], k, vocab_start=start, normalize=False, race=race)
+        for start, end in ((0, cut), (cut, V))
+    ]
+    values, ids, log_z = merge_topk(*(torch.stack(p) for p in zip(*parts, strict=True)))
+    assert torch.equal(ids, whole[1])
+    torch.testing.assert_close(values, whole[0], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(log_z, whole[2], atol=1e-5, rtol=1e-5)
 
 

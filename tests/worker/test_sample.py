@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from dflash_kernels import accept_tree, build_tree, race_noise
+from dflash_kernels import accept_tree, build_tree, draft_topk, race_noise
 
 from sglang_dflash.worker.accept.sample import (
     SamplingParams,
@@ -15,6 +15,7 @@ from sglang_dflash.worker.accept.sample import (
     sample_nodes,
     sample_rows,
 )
+from sglang_dflash.worker.draft.couple import POOL, couple, race_for
 from sglang_dflash.worker.noise import StepNoise
 
 VOCAB = 6
@@ -144,7 +145,7 @@ def test_the_step_computes_each_depth_once() -> None:
     table = noise.table(50)
     assert table is not None
     assert table.shape == (6, 50)
-    assert noise.table(50) is table
+    assert noise.table(50).data_ptr() == table.data_ptr()
     want = race_noise(torch.tensor([3, 3, 3, 4, 4, 4]), torch.tensor([11, 12, 13, 21, 22, 23]), 50)
     assert torch.equal(table, want)
     assert noise.groups(torch.tensor([[0, 2], [1, 1]])).tolist() == [0, 2, 4, 4]
@@ -164,11 +165,70 @@ def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
     return float(((counts - expected) ** 2 / expected).sum())
 
 
+def coupled_candidates(
+    drafted: torch.Tensor, noise: StepNoise, settings: SamplingParams, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the draft stage makes of a head that gives logits ``drafted`` [L, V] to every request."""
+    depth, vocab = drafted.shape
+    bs = len(settings.top_k)
+    race = race_for(noise, settings, depth, vocab)
+    # A head of the identity: hidden states are the logits.
+    hidden = drafted.repeat(bs, 1)
+    values, ids, _ = draft_topk(hidden, torch.eye(vocab), min(vocab, POOL), race=race)
+    logprobs, ids = couple(values, ids, race, settings.per_row(depth), top)
+    return logprobs.view(bs, depth, top), ids.view(bs, depth, top)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.2}], ids=str)
+def test_a_perfect_drafter_names_every_sample(filters: dict[str, float]) -> None:
+    """q = p: the sample is the best candidate, filters included, save where the doubt in q decides."""
+    runs, depth = 300, 4
+    logits = torch.randn(depth + 1, 40) * 2
+    settings = params(runs, temperature=1.3, **filters)
+    settings.any_top_k = "top_k" in filters
+    noise = noise_for(runs, depth + 1, position=9)
+    _, ids = coupled_candidates(logits[:depth], noise, settings, 8)
+    depths = torch.arange(depth).expand(runs, -1)
+    chosen = sample_nodes(logits[:depth].repeat(runs, 1), settings, noise, depths).view(runs, depth)
+    hit = ids == chosen[:, :, None]
+    uncoupled = float((chosen == logits[:depth].argmax(-1)).float().mean())
+    assert float(hit[:, :, 0].float().mean()) > uncoupled + 0.15
+    assert float(hit[:, :, :3].any(2).float().mean()) > 0.98
+
+
+def test_greedy_requests_keep_the_drafters_order() -> None:
+    drafted = torch.randn(3, 40)
+    settings = params(4)
+    settings.top_k[1::2], settings.any_top_k = 1, True
+    logprobs, ids = coupled_candidates(drafted, noise_for(4, 4), settings, 5)
+    want = drafted.log_softmax(-1).topk(5)
+    for row in (1, 3):
+        assert torch.equal(ids[row], want.indices)
+        torch.testing.assert_close(logprobs[row], want.values)
+    assert not torch.equal(ids[0], want.indices)
+    assert (logprobs.diff(dim=2) <= 0).all()
+    assert (logprobs.exp().sum(2) <= 1 + 1e-5).all(), "chances of distinct tokens exceed one"
+
+
+def test_candidates_outside_the_filter_have_no_chance() -> None:
+    drafted = torch.randn(2, 40) * 2
+    settings = params(50, top_k=3)
+    settings.any_top_k = True
+    logprobs, ids = coupled_candidates(drafted, noise_for(50, 3), settings, 6)
+    best = drafted.topk(3).indices
+    for row in range(50):
+        for depth in range(2):
+            alive = ids[row, depth][logprobs[row, depth] > float("-inf")]
+            assert sorted(alive.tolist()) == sorted(best[depth].tolist())
+
+
+@pytest.mark.parametrize("coupled", [False, True], ids=["uncoupled", "coupled"])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_emitted_tokens_follow_the_target_at_every_depth(top_p: float) -> None:
+def test_emitted_tokens_follow_the_target_at_every_depth(top_p: float, coupled: bool) -> None:
     """An order-2 Markov target; every prefix of depth 1..4 must occur as often as the target says.
 
-    The tree covers likely and unlikely branches, so most accepted paths leave the spine.
+    The tree covers likely and unlikely branches, so most accepted paths leave the spine. Drafts that
+    look at the noise must not bias what is emitted.
     """
     torch.manual_seed(7)
     runs, nodes, depth, top = 40_000, 12, 3, 2
@@ -177,17 +237,16 @@ def test_emitted_tokens_follow_the_target_at_every_depth(top_p: float) -> None:
     chance = torch.stack([filtered_probs(transition[i : i + 1], one)[0] for i in range(VOCAB)])
     chance = chance / chance.sum(-1, keepdim=True)
 
-    drafted = torch.log_softmax(torch.randn(1, depth, VOCAB), -1).topk(top)
+    drafted = torch.log_softmax(torch.randn(depth, VOCAB), -1)
     anchor = torch.zeros(runs, dtype=torch.int64)
-    tree = build_tree(
-        anchor,
-        drafted.values.expand(runs, -1, -1).contiguous(),
-        drafted.indices.expand(runs, -1, -1).contiguous(),
-        num_nodes=nodes,
-    )
+    noise, settings = noise_for(runs, depth + 1, position=40), params(runs, top_p=top_p)
+    if coupled:
+        candidates = coupled_candidates(drafted, noise, settings, top)
+    else:
+        candidates = tuple(t.expand(runs, -1, -1).contiguous() for t in drafted.topk(top))
+    tree = build_tree(anchor, *candidates, num_nodes=nodes)
     logits = transition[tree.tokens]
-    noise = noise_for(runs, depth + 1, position=40)
-    chosen = sample_nodes(logits.view(-1, VOCAB), params(runs, top_p=top_p), noise, tree.depth)
+    chosen = sample_nodes(logits.view(-1, VOCAB), settings, noise, tree.depth)
     chosen = chosen.view(runs, nodes)
     accepted = accept_tree(tree, chosen, torch.zeros(runs, dtype=torch.int64), max_depth=depth)
     assert (accepted.path.clamp(min=0).max(1).values > depth).any(), "no path left the spine"

@@ -8,9 +8,46 @@ and the noise of future positions is known before their logits.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from dflash_kernels._dispatch import use_triton
+
+
+@dataclass
+class Race:
+    """How `draft_topk` ranks rows: by ``scale * logit + strength * g`` with the Gumbel noise g of each token.
+
+    Attributes:
+        seeds, positions: int64 [T], the noise row of each row.
+        scale: float32 [T], one over the temperature.
+        strength: float32 [T], 1 to perturb a row, 0 to rank it by its logits.
+        noise: float32 [T, V], `race_noise(seeds, positions, V)`, for the torch path.
+    """
+
+    seeds: torch.Tensor
+    positions: torch.Tensor
+    scale: torch.Tensor
+    strength: torch.Tensor
+    noise: torch.Tensor | None = None
+
+    def gumbel(self, ids: torch.Tensor) -> torch.Tensor:
+        """g of the tokens ``ids`` int64 [T, K], float32 [T, K], whatever the strength."""
+        if self.noise is not None:
+            return -self.noise.gather(1, ids).log()
+        return -race_noise_at(self.seeds, self.positions, ids).log()
+
+
+def race_noise_at(seeds: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The noise of some tokens: float32 [G, K] for ids int64 [G, K]; see `race_noise`."""
+    if use_triton(seeds):
+        from dflash_kernels.gumbel.kernel import race_noise_triton
+
+        return race_noise_triton(seeds, positions, ids.shape[1], ids)
+    from dflash_kernels.gumbel.reference import race_noise_torch
+
+    return race_noise_torch(seeds, positions, int(ids.max()) + 1).gather(1, ids)
 
 
 def race_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -27,10 +64,12 @@ def race_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torc
         float32 [G, V], E ~ Exp(1), finite and > 0. ``-log(E)`` is the Gumbel noise.
     """
     if use_triton(seeds):
-        from dflash_kernels.gumbel.kernel import race_noise_triton as impl
-    else:
-        from dflash_kernels.gumbel.reference import race_noise_torch as impl
-    return impl(seeds, positions, vocab)
+        from dflash_kernels.gumbel.kernel import race_noise_triton
+
+        return race_noise_triton(seeds, positions, vocab)
+    from dflash_kernels.gumbel.reference import race_noise_torch
+
+    return race_noise_torch(seeds, positions, vocab)
 
 
 def race_argmax(

@@ -34,7 +34,7 @@ def _mix(x):
 
 
 @triton.jit
-def _exponential(seed, position, col):
+def exponential(seed, position, col):
     """E of one row's columns; see reference.py."""
     low, high, place = seed.to(tl.int32), (seed >> 32).to(tl.int32), position.to(tl.int32)
     first = _mix(_mix(_mix(low ^ SALT0) ^ high) ^ place)
@@ -50,10 +50,13 @@ def _exponential(seed, position, col):
 
 
 @triton.jit
-def race_noise_kernel(seeds_ptr, positions_ptr, out_ptr, V, BLOCK: tl.constexpr):
+def race_noise_kernel(
+    seeds_ptr, positions_ptr, ids_ptr, out_ptr, V, HAS_IDS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    noise = _exponential(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), col)
+    token = tl.load(ids_ptr + row * V + col, mask=col < V, other=0).to(tl.int32) if HAS_IDS else col
+    noise = exponential(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), token)
     tl.store(out_ptr + row * V + col, noise, mask=col < V)
 
 
@@ -80,7 +83,7 @@ def race_argmax_kernel(
     for start in range(first, tl.minimum(first + SPAN, V), BLOCK):
         col = start + at
         p = tl.load(probs_ptr + row.to(tl.int64) * stride_r + col, mask=col < V, other=0.0)
-        score = p / _exponential(seed, position, col)
+        score = p / exponential(seed, position, col)
         # Scores are >= 0, so their bits order as integers do; equal scores: the lower id.
         bits = score.to(tl.int32, bitcast=True).to(tl.int64)
         key = (bits << 32) | (0xFFFFFFFF - col.to(tl.int64))
@@ -88,11 +91,21 @@ def race_argmax_kernel(
     tl.store(keys_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.max(best, axis=0))
 
 
-def race_noise_triton(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Same contract as `dflash_kernels.race_noise`."""
+def race_noise_triton(
+    seeds: torch.Tensor, positions: torch.Tensor, vocab: int, ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Same contract as `dflash_kernels.race_noise`; with ids [G, vocab] as `race_noise_at`."""
     out = torch.empty((seeds.shape[0], vocab), dtype=torch.float32, device=seeds.device)
+    seeds, positions = seeds.long().contiguous(), positions.long().contiguous()
     race_noise_kernel[(seeds.shape[0], triton.cdiv(vocab, BLOCK))](
-        seeds.long().contiguous(), positions.long().contiguous(), out, vocab, BLOCK=BLOCK, num_warps=WARPS
+        seeds,
+        positions,
+        seeds if ids is None else ids.long().contiguous(),
+        out,
+        vocab,
+        HAS_IDS=ids is not None,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
     )
     return out
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dflash_kernels._dispatch import use_triton
+from dflash_kernels.gumbel import Race
 
 MAX_K = 32
 
@@ -21,6 +22,7 @@ def draft_topk(
     num_valid: int | None = None,
     normalize: bool = True,
     project: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    race: Race | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The K most probable tokens of each row of softmax(hidden @ head_weight.T).
 
@@ -36,6 +38,9 @@ def draft_topk(
         num_valid: rows of the head that are real tokens (the rest is padding); None means all.
         project: on the torch path, another way to compute fresh hidden @ head_weight.T logits [T, >= V], such
             as over packed weights; the Triton path reads head_weight itself.
+        race: rank by `scale * logit + strength * g` instead of the logits (see `Race`), before K are taken;
+            the values returned are these sums and log_z is that of `scale * logit`, so that a normalised
+            value is the tempered log-probability plus the row's share of g.
         normalize: subtract log_z; False returns raw logits, the input of `merge_topk`.
 
     Returns:
@@ -51,12 +56,20 @@ def draft_topk(
     if use_triton(hidden):
         from dflash_kernels.head_topk.kernel import draft_topk_triton
 
-        values, ids, log_z = draft_topk_triton(hidden, head_weight[:valid], k, logit_cap=logit_cap)
+        values, ids, log_z = draft_topk_triton(
+            hidden, head_weight[:valid], k, logit_cap=logit_cap, race=race, vocab_start=vocab_start
+        )
     else:
         from dflash_kernels.head_topk.reference import draft_topk_torch
 
         values, ids, log_z = draft_topk_torch(
-            hidden, head_weight[:valid], k, logit_cap=logit_cap, project=project
+            hidden,
+            head_weight[:valid],
+            k,
+            logit_cap=logit_cap,
+            project=project,
+            race=race,
+            vocab_start=vocab_start,
         )
     if vocab_start:
         ids = ids + vocab_start

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 from dflash_kernels._dispatch import interpreting
+from dflash_kernels.gumbel import Race
+from dflash_kernels.gumbel.kernel import exponential
 from dflash_kernels.tree_attn.configs import sm_count
 
 BLOCK_V, BLOCK_H = 128, 64
@@ -43,10 +45,15 @@ def head_topk_kernel(
     keys_ptr,
     max_ptr,
     sum_ptr,
+    seeds_ptr,
+    positions_ptr,
+    scale_ptr,
+    strength_ptr,
     T,
     V,
     H,
     tiles_per_span,
+    vocab_start,
     cap,
     stride_h,
     stride_w,
@@ -56,6 +63,7 @@ def head_topk_kernel(
     BV: tl.constexpr,
     BH: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_RACE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -68,6 +76,11 @@ def head_topk_kernel(
     best = tl.full([BT, KP], -0x8000000000000000, tl.int64)
     m = tl.full([BT], float("-inf"), tl.float32)
     total = tl.zeros([BT], tl.float32)
+    if HAS_RACE:
+        seed = tl.load(seeds_ptr + row, mask=row_mask, other=0)
+        position = tl.load(positions_ptr + row, mask=row_mask, other=0)
+        scale = tl.load(scale_ptr + row, mask=row_mask, other=1.0)
+        strength = tl.load(strength_ptr + row, mask=row_mask, other=0.0)
     first = span * tiles_per_span
     for tile in range(first, tl.minimum(first + tiles_per_span, tl.cdiv(V, BV))):
         col = tile * BV + cols
@@ -91,12 +104,17 @@ def head_topk_kernel(
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
         if HAS_CAP:
             acc = cap * (2.0 / (1.0 + tl.exp(-2.0 * acc / cap)) - 1.0)
+        if HAS_RACE:
+            acc = acc * scale[:, None]
         acc = tl.where(col_mask[None, :], acc, float("-inf"))
         # NaN ranks as -inf, so that padding columns never win; it stays in the sum and so in log_z.
         ranked = tl.where(acc == acc, acc, float("-inf"))
         m_new = tl.maximum(m, tl.max(ranked, axis=1))
         total = total * tl.exp(m - m_new) + tl.sum(tl.exp(acc - m_new[:, None]), axis=1)
         m = m_new
+        if HAS_RACE:
+            noise = exponential(seed[:, None], position[:, None], (vocab_start + col)[None, :])
+            ranked = ranked - strength[:, None] * tl.log(noise)
         fresh = tl.topk(_pack(ranked, col[None, :]), KP)
         best = tl.topk(tl.reshape(tl.join(best, fresh), [BT, 2 * KP]), KP)
 
@@ -144,9 +162,15 @@ def merge_topk_kernel(
 
 
 def draft_topk_triton(
-    hidden: torch.Tensor, head_weight: torch.Tensor, k: int, *, logit_cap: float = 0.0
+    hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    k: int,
+    *,
+    logit_cap: float = 0.0,
+    race: Race | None = None,
+    vocab_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Raw top-K logits float32 [T, K], row ids int64 [T, K], log-sum-exp float32 [T]."""
+    """Top-K logits (perturbed in a race) float32 [T, K], row ids int64 [T, K], log-sum-exp float32 [T]."""
     T, H = hidden.shape
     V = head_weight.shape[0]
     device = hidden.device
@@ -158,10 +182,16 @@ def draft_topk_triton(
     spans = triton.cdiv(tiles, tiles_per_span)
     keys = torch.empty(T, spans, KP, dtype=torch.int64, device=device)
     partial = torch.empty(2, T, spans, dtype=torch.float32, device=device)
+    # Without a race its pointers are never read: any tensor stands in.
+    seeds, positions = (keys, keys) if race is None else (race.seeds.long(), race.positions.long())
+    scale, strength = (partial, partial) if race is None else (race.scale.float(), race.strength.float())
     head_topk_kernel[(row_blocks, spans)](
-        hidden, head_weight, keys, partial[0], partial[1], T, V, H, tiles_per_span, float(logit_cap),
+        hidden, head_weight, keys, partial[0], partial[1],
+        seeds.contiguous(), positions.contiguous(), scale.contiguous(), strength.contiguous(),
+        T, V, H, tiles_per_span, vocab_start, float(logit_cap),
         hidden.stride(0), head_weight.stride(0),
         SPANS=spans, KP=KP, BT=BT, BV=BLOCK_V, BH=BLOCK_H, HAS_CAP=logit_cap > 0,
+        HAS_RACE=race is not None,
         PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32", UPCAST=interpreting(),
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip

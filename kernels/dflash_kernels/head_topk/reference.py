@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+
+from dflash_kernels.gumbel import Race
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 
@@ -19,42 +22,74 @@ def draft_topk_torch(
     *,
     logit_cap: float = 0.0,
     project: Project | None = None,
+    race: Race | None = None,
+    vocab_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Raw top-K logits float32 [T, K], row ids int64 [T, K], log-sum-exp float32 [T]."""
-    parts = [_chunk(h, head_weight, k, logit_cap, project) for h in hidden.split(_CHUNK_ROWS)]
+    """Top-K logits (perturbed in a race) float32 [T, K], row ids int64 [T, K], log-sum-exp float32 [T]."""
+    parts = []
+    for at in range(0, hidden.shape[0], _CHUNK_ROWS):
+        rows = slice(at, at + _CHUNK_ROWS)
+        some = None if race is None else _rows_of(race, rows, vocab_start, head_weight.shape[0])
+        parts.append(_chunk(hidden[rows], head_weight, k, logit_cap, project, some))
     if len(parts) == 1:
         return parts[0]
     values, ids, log_z = (torch.cat(p) for p in zip(*parts, strict=True))
     return values, ids, log_z
 
 
+def _rows_of(race: Race, rows: slice, start: int, count: int) -> Race:
+    """Some rows of a race, its noise cut to the tokens start .. start + count - 1."""
+    assert race.noise is not None
+    return replace(
+        race,
+        scale=race.scale[rows],
+        strength=race.strength[rows],
+        noise=race.noise[rows, start : start + count],
+    )
+
+
 def _chunk(
-    hidden: torch.Tensor, head: torch.Tensor, k: int, logit_cap: float, project: Project | None
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    k: int,
+    logit_cap: float,
+    project: Project | None,
+    race: Race | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    logits = (hidden @ head.t()).float() if project is None else project(hidden)[:, : head.shape[0]].float()
-    if hidden.dtype == torch.float32:
+    shift = None
+    if race is not None and race.noise is not None:
+        shift = -race.strength[:, None] * race.noise.log()
+
+    def scaled(logits: torch.Tensor) -> torch.Tensor:
         if logit_cap > 0:
             logits = logit_cap * torch.tanh(logits / logit_cap)
-        values, ids = stable_topk(logits, k)
-        return values, ids, _log_z(logits, values, ids)
+        return logits if race is None else logits * race.scale[:, None]
+
+    logits = (hidden @ head.t()).float() if project is None else project(hidden)[:, : head.shape[0]].float()
+    if hidden.dtype == torch.float32:
+        logits = scaled(logits)
+        values, ids = stable_topk(logits if shift is None else logits + shift, k)
+        return values, ids, _log_z(logits, ids)
     # A bf16 matmul rounds logits near 20 to steps of 1/8, which would blur the tree's scores. Pick twice as
     # many candidates as needed from the rounded logits and recompute those few in float32. A single candidate
     # is not ranked: there the rounded logits decide, as in an engine's own greedy draft head.
-    _, picks = stable_topk(logits, 1 if k == 1 else min(2 * k, head.shape[0]))
+    rough = logits if shift is None else scaled(logits) + shift
+    _, picks = stable_topk(rough, 1 if k == 1 else min(2 * k, head.shape[0]))
     picks = picks.sort(dim=1).values
     exact = (head[picks].float() * hidden.float()[:, None]).sum(2)
-    logits.scatter_(1, picks, exact)
-    if logit_cap > 0:
-        exact = logit_cap * torch.tanh(exact / logit_cap)
-        logits = logit_cap * torch.tanh(logits / logit_cap)
-    values, order = exact.sort(dim=1, descending=True, stable=True)
+    logits = scaled(logits.scatter_(1, picks, exact))
+    exact = logits.gather(1, picks)
+    values, order = (exact if shift is None else exact + shift.gather(1, picks)).sort(
+        dim=1, descending=True, stable=True
+    )
     values, ids = values[:, :k].contiguous(), picks.gather(1, order[:, :k])
-    return values, ids, _log_z(logits, values, ids)
+    return values, ids, _log_z(logits, ids)
 
 
-def _log_z(logits: torch.Tensor, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _log_z(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Log-sum-exp of each row through log_softmax, whose CPU kernel is fused where logsumexp's is not."""
-    return values[:, 0] - logits.log_softmax(1).gather(1, ids[:, :1])[:, 0]
+    first = ids[:, :1]
+    return (logits.gather(1, first) - logits.log_softmax(1).gather(1, first))[:, 0]
 
 
 def stable_topk(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,21 +91,21 @@ def filter_probs(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     off = (params.top_k >= vocab) & (params.top_p >= 1.0) & (params.min_p <= 0.0)
     if probs.is_cuda or vocab <= _LEADING:
         ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-        kept = torch.zeros_like(probs).scatter_(1, order, ranked * _kept(ranked, params))
-        return torch.where(off[:, None], probs, kept)
+        inside = torch.zeros_like(probs).scatter_(1, order, ranked * kept(ranked, params))
+        return torch.where(off[:, None], probs, inside)
     # On a CPU a row of 49,152 costs 4 ms to sort: only rows whose cut is not among the largest pay it.
     filtered, rows = probs.clone(), (~off).nonzero()[:, 0]
     for leading in (_LEADING, vocab):
         if not len(rows):
             break
         ranked, order = stable_topk(probs[rows], leading)
-        keep = _kept(ranked, params.of_rows(rows))
+        keep = kept(ranked, params.of_rows(rows))
         filtered[rows] = torch.zeros_like(filtered[rows]).scatter_(1, order, ranked * keep)
         rows = rows[keep[:, -1]]
     return filtered
 
 
-def _kept(ranked: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+def kept(ranked: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """bool [rows, K], which of the K largest probabilities stay; the kept ones are a prefix."""
     keep = torch.ones_like(ranked, dtype=torch.bool)
     if params.any_top_k:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_dflash.worker.draft.couple import POOL, couple, race_for
 from sglang_dflash.worker.step import Step
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ class Candidates:
     """What the drafter thinks of each position after the anchor.
 
     Attributes:
-        logprobs: float32 [bs, L, K], descending in K; log-softmax over the whole vocabulary.
+        logprobs: float32 [bs, L, K], descending in K; log-softmax over the whole vocabulary, of a sampled
+            request the log of each candidate's chance to be the sample (`couple`).
         ids: int64 [bs, L, K], token ids.
     """
 
@@ -63,8 +65,15 @@ class DraftStage:
         ids[:, 0].copy_(step.anchor)
         torch.add(step.prefix_lens[:, None], torch.arange(block, device=device), out=positions)
         hidden = self.bridge.run_drafter(batch, step, ids, positions)
-        logprobs, token_ids = self.bridge.head_topk(
-            hidden[:, 1:].reshape(bs * step.width.depth, -1), self.top_k
-        )
+        logprobs, token_ids = self._candidates(step, hidden[:, 1:].reshape(bs * step.width.depth, -1))
         shape = (bs, step.width.depth, self.top_k)
         return Candidates(logprobs.view(shape), token_ids.view(shape))
+
+    def _candidates(self, step: Step, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K log-probabilities and ids of each row; where requests sample, chances of their samples."""
+        if step.noise is None or step.sampling is None:
+            return self.bridge.head_topk(hidden, self.top_k)
+        depth, vocab = step.width.depth, self.bridge.vocab_size()
+        race = race_for(step.noise, step.sampling, depth, vocab)
+        values, ids = self.bridge.head_topk(hidden, min(POOL, vocab), race)
+        return couple(values, ids, race, step.sampling.per_row(depth), min(self.top_k, ids.shape[1]))
