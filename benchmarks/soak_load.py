@@ -24,6 +24,9 @@ _JSON = {
 _EBNF = 'root ::= "The answer is " ("yes" | "no" | "not known") ", because " [a-z ]{5,60} "."'
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "min_p": 0.02}
 
+# Repetition penalty stands alone: without overlap SGLang applies its penalties in the order of a set of
+# classes, another one in every process (``SamplingBatchInfo.from_schedule_batch``), so a mix of scale and
+# additive penalties has no one plain answer.
 # kind -> sampling parameters beside temperature 0 and max_new_tokens.
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -36,7 +39,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "penalties and min_new_tokens": {
         "frequency_penalty": -0.2,
         "presence_penalty": 0.4,
-        "repetition_penalty": 1.1,
         "min_new_tokens": 24,
     },
     "logit_bias": {"logit_bias": {"28": 3.0, "253": -100.0}},
