@@ -16,6 +16,8 @@ ARGS ?=
 MINUTES ?= 30
 
 export HF_HUB_OFFLINE := 1
+# Where it is set, every server start compiles SGLang's and torch's thousands of modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo serve bench soak readme fetch test test-full lint format lock clean
 
