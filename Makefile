@@ -61,7 +61,7 @@ readme:  ## put what make demo and make bench measured into README.md
 	$(PY) benchmarks/readme.py
 
 # One thread: the tests share their cores with the servers they start.
-test: fetch  ## everything that runs in 25 minutes on two cores
+test: fetch  ## everything meant to run in 25 minutes on two quiet cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow and not gpu" $(ARGS)
 
 test-full: fetch  ## all tests; those for a GPU skip where there is none
