@@ -178,7 +178,7 @@ class TestChain:
     COUNT = 12
 
     def test_top1_tree_is_the_builtin_chain(
-        self, serving: Serving, plain: Plain, target: Path, drafter: Path, tmp_path: Path
+        self, serving: Serving, plain: Plain, target: Path, drafter: Path
     ) -> None:
         requests = plain.requests[: self.COUNT]
         block = read_config(drafter).block
@@ -190,7 +190,6 @@ class TestChain:
             # The same prefills again: a cached prefix rounds otherwise.
             assert client.http.post("/flush_cache", params={"timeout": 60}).status_code == 200
             ignored = client.generate(requests[:3], 1, **PENALTIES)
-            assert abs(eval_apart(client, "chain", tmp_path)) <= 0.03
         with serving("top1", args, SGLANG_DFLASH_TOP_K="1") as client:
             assert f"draft trees on. nodes={block} block={block}" in client.server.output()
             tree = client.generate(requests, 1)
