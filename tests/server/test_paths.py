@@ -118,9 +118,11 @@ def test_a_restart_serves_and_sigterm_in_mid_stream_leaves_nobody(
     want = tiny_plain.generate([LONG], 1, ignore_eos=True)[0]["output_ids"]
     assert again.generate([LONG], 1, ignore_eos=True)[0]["output_ids"] == want
     processes = family(again)
+    # SGLang's own post-warmup request can come before its port is open; it warns with a traceback and goes on.
+    start = len(again.server.output())
     tokens, _, _ = stream(again, processes[0].terminate)
     assert tokens
     assert tokens == want[: len(tokens)]
     assert all_gone(processes)
     assert port_is_free("127.0.0.1", again.server.port)
-    assert "Traceback" not in again.server.output()
+    assert "Traceback" not in again.server.output()[start:]
