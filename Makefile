@@ -60,12 +60,14 @@ soak: fetch  ## everything at once for 30 minutes, every answer compared with pl
 readme:  ## put what make demo and make bench measured into README.md
 	$(PY) benchmarks/readme.py
 
-# One thread: the tests share their cores with the servers they start.
+# Two processes (lanes: tests/conftest.py) of one thread, as they share two cores with the servers they start.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: fetch  ## everything meant to run in 25 minutes on two quiet cores
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-full: fetch  ## all tests; those for a GPU skip where there is none
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(STAMP)  ## formatting, style and types
 	.venv/bin/ruff format --check .

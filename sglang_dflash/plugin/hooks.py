@@ -35,6 +35,7 @@ SET_RANDOM_SEED = "sglang.srt.utils.common.set_random_seed"
 _BATCH_INFO = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 _SAMPLE_FROM_PROBS = "sglang.srt.layers.sampler.Sampler._sample_from_probs"
 _GENERATE_REQ = "sglang.srt.managers.io_struct.GenerateReqInput"
+_VALIDATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 
 
 def create_worker(original: Callable, self: Any, server_args: Any) -> Any:
@@ -158,7 +159,8 @@ def scheduler_traceback(original: Callable) -> str:
 
 
 def publish(result: Any, server_args: Any, *args: Any, role: str, **kwargs: Any) -> None:
-    """AFTER ``publish``: SGLang says which process this is; the seeded sampler goes into two of them.
+    """AFTER ``publish``: SGLang says which process this is; the seeded sampler goes into two of them,
+    the check of prompts into the one that takes requests.
 
     Their targets cost seconds to import in a process that would not need them. SGLang's own chain keeps
     SGLang's own sampler.
@@ -210,9 +212,10 @@ def _front_end_table() -> dict[str, tuple[Callable, Any]]:
     """Hooks of the process that takes requests."""
     from sglang.srt.plugins.hook_registry import HookType
 
-    from sglang_dflash.upstream import sampler
+    from sglang_dflash.upstream import prompts, sampler
 
     return {
+        _VALIDATE: (prompts.validate_one_request, HookType.AROUND),
         f"{_GENERATE_REQ}.__getitem__": (
             lambda prompt, batch, i: sampler.attach_counter(prompt, batch),
             HookType.AFTER,

@@ -35,7 +35,8 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "sglang.srt.utils.common.set_random_seed": ("seed",),
 }
 
-# The seeded sampler (upstream/sampler.py), checked where it is installed: scheduler and front end.
+# The seeded sampler (upstream/sampler.py) and the check of prompts (upstream/prompts.py), checked where they
+# are installed: scheduler and front end.
 _BATCH_INFO = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 SAMPLER: dict[str, tuple[str, ...]] = {
     f"{_BATCH_INFO}.adjusted_from_schedule_batch": ("self", "batch", "vocab_size"),
@@ -52,6 +53,10 @@ SAMPLER: dict[str, tuple[str, ...]] = {
 FRONT_END: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.io_struct.GenerateReqInput.__getitem__": ("self", "i"),
     "sglang.srt.managers.io_struct.GenerateReqInput.regenerate_rid": ("self",),
+    "sglang.srt.managers.io_struct.GenerateReqInput.contains_mm_input": ("self",),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request": (
+        *("self", "obj", "input_ids"),
+    ),
 }
 
 SERVER_INFO = (
@@ -232,7 +237,7 @@ def check_sampler() -> None:
 
 
 def check_front_end() -> None:
-    """Check what the seeded sampler hooks where requests come in. Raises UserError."""
+    """Check what is hooked where requests come in. Raises UserError."""
     _raise_if_broken(FRONT_END)
 
 

@@ -9,28 +9,14 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests import tiny
 from tests.server.support import Pair, Request, body_of
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 EXAMPLES = 25
 SECONDS = 120
-VOCAB = tiny.TargetSpec().vocab_size
 #: Fields that multiply work without limit; a test has to end.
 AT_MOST = {"n": 3, "best_of": 3}
-
-
-def known_ids(prompt: Any) -> Any:
-    """Without two kinds of prompts that end SGLang's scheduler with and without speculation.
-
-    A token id outside the vocabulary: no prompt's ids are checked (only ``token_ids_logprob`` is,
-    ``managers/tokenizer_manager.py:1523``), the embedding raises. An empty prompt among others:
-    ``entrypoints/openai/serving_completions.py:66`` refuses a batch only if all are empty.
-    """
-    if isinstance(prompt, list):
-        return [known_ids(item) for item in prompt if item not in ("", [])]
-    return prompt % VOCAB if isinstance(prompt, int) else prompt
 
 
 def tame(body: Any) -> None:
@@ -39,8 +25,6 @@ def tame(body: Any) -> None:
     for name, limit in AT_MOST.items():
         if isinstance(body.get(name), int):
             body[name] = min(body[name], limit)
-    if "prompt" in body:
-        body["prompt"] = known_ids(body["prompt"])
 
 
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])

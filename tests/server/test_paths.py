@@ -88,8 +88,14 @@ def test_bad_requests_get_an_http_error_and_the_server_lives(narrow: Client) -> 
         "/generate", json={"input_ids": [5] * (CONTEXT + 5), "sampling_params": {"max_new_tokens": 4}}
     )
     assert too_long.status_code == 400
-    empty = narrow.http.post("/generate", json={"input_ids": [], "sampling_params": {"max_new_tokens": 4}})
-    assert empty.status_code == 400
+    vocab = tiny.TargetSpec().vocab_size
+    # SGLang alone takes the last four and its scheduler ends.
+    for ids in ([], [5, vocab], [5, -1], [[5, 6], []], [[5, 6], [vocab]]):
+        bad = narrow.http.post("/generate", json={"input_ids": ids, "sampling_params": {"max_new_tokens": 4}})
+        assert bad.status_code == 400, ids
+    for prompt in (["hello", ""], [[5, 6], [vocab]], [vocab]):
+        bad = narrow.http.post("/v1/completions", json={"model": "m", "prompt": prompt, "max_tokens": 4})
+        assert bad.status_code == 400, prompt
     assert narrow.post(input_ids=[5, 6, 7], sampling_params={"temperature": 0, "max_new_tokens": 4})[
         "output_ids"
     ]
@@ -118,7 +124,7 @@ def test_a_restart_serves_and_sigterm_in_mid_stream_leaves_nobody(
     want = tiny_plain.generate([LONG], 1, ignore_eos=True)[0]["output_ids"]
     assert again.generate([LONG], 1, ignore_eos=True)[0]["output_ids"] == want
     processes = family(again)
-    # SGLang's own post-warmup request can come before its port is open; it warns with a traceback and goes on.
+    # SGLang's own post-warmup request can come before its port is open; it warns with a traceback.
     start = len(again.server.output())
     tokens, _, _ = stream(again, processes[0].terminate)
     assert tokens
