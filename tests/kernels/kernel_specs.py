@@ -181,7 +181,7 @@ def topk_spec(arch: int, rows: int, k: int = 16, *, race: bool = False) -> Spec:
             "PRECISION": "tf32",
             "UPCAST": False,
         },
-        options={"num_warps": topk.WARPS, "num_stages": topk.STAGES},
+        options={"num_warps": topk.WARPS, "num_stages": topk.stages(k)},
         multiples_of_16=("H",),
         tensor_core=True,
     )

@@ -18,7 +18,14 @@ from dflash_kernels.gumbel.kernel import exponential
 from dflash_kernels.tree_attn.configs import sm_count
 
 BLOCK_V, BLOCK_H = 128, 64
-WARPS, STAGES = 8, 4  # four warps would spill in the top-K of a 64-row tile
+WARPS = 8  # four would spill in the top-K of a 64-row tile
+
+
+def stages(KP: int) -> int:
+    """Pipeline depth for a padded K; on sm_80 the wider top-K of 64 rows leaves no registers for a fourth."""
+    return 3 if KP > 16 else 4
+
+
 _MERGE_CHUNK = 1024
 
 
@@ -193,7 +200,7 @@ def draft_topk_triton(
         SPANS=spans, KP=KP, BT=BT, BV=BLOCK_V, BH=BLOCK_H, HAS_CAP=logit_cap > 0,
         HAS_RACE=race is not None,
         PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32", UPCAST=interpreting(),
-        num_warps=WARPS, num_stages=STAGES,
+        num_warps=WARPS, num_stages=stages(KP),
     )  # fmt: skip
     values = torch.empty(T, k, dtype=torch.float32, device=device)
     ids = torch.empty(T, k, dtype=torch.int64, device=device)

@@ -64,6 +64,11 @@ _TABLE: dict[tuple[int, int, int], TileConfig] = {
     (90, 256, 64): TileConfig(64, 32, 8, 7, 1),
     (100, 128, 64): TileConfig(64, 64, 4, 7, 1),
 }
+# One-byte caches whose 16-bit entry with two more stages would spill.
+_ONE_BYTE: dict[tuple[int, int, int], TileConfig] = {
+    (100, 64, 16): TileConfig(16, 64, 4, 7, 3),
+    (100, 128, 32): TileConfig(32, 64, 4, 5, 2),
+}
 # float32 dots run on the plain cores; small tiles keep their operands in registers.
 _FLOAT32 = TileConfig(16, 32, 4, 3, 1)
 _SMS = {80: 108, 90: 132, 100: 148}
@@ -107,6 +112,8 @@ def tile_config(arch: int, head_dim: int, rows: int, kv_bytes: int = 2) -> TileC
     dim = bucket(head_dim, (64, 128, 256))
     sizes = (16, 32, 64) if dim == 256 else (16, 32, 64, 128)  # the table's row buckets
     rows = bucket(rows, sizes)
+    if kv_bytes == 1 and (arch, dim, rows) in _ONE_BYTE:
+        return _ONE_BYTE[arch, dim, rows]
     config = _TABLE.get((arch, dim, rows)) or _TABLE[min(arch, 90), dim, rows]
     # One-byte rows leave half the bytes in flight at the same depth: two more stages make up for it.
     return replace(config, stages=config.stages + 2) if kv_bytes == 1 else config
