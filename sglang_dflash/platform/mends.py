@@ -14,6 +14,7 @@ import torch
 from sglang_dflash.errors import UserError
 from sglang_dflash.platform import ATTENTION_BACKEND, fused_ops, hashing, slots
 from sglang_dflash.platform.contracts import Contract, check, replace
+from sglang_dflash.platform.transfer import mend_transfers
 
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _POOL = "sglang.srt.mem_cache.memory_pool"
@@ -106,6 +107,7 @@ def apply_mends() -> None:
         fused_ops.register()
         _repack_after_weight_updates()
         _ignore_streams_of_cpu_tensors()
+        mend_transfers()
     except UserError as error:
         raise SystemExit(f"sglang-dflash: {error}") from error
     _applied = True

@@ -56,9 +56,23 @@ def create_worker(original: Callable, self: Any, server_args: Any) -> Any:
 
         announce_chain()
         return original(self, server_args)
+    _follow_transfers()
     from sglang_dflash.worker.worker import TreeWorker
 
     return TreeWorker
+
+
+def _follow_transfers() -> None:
+    """On a decode server of prefill/decode disaggregation: requests come in without a prefill pass."""
+    from sglang.srt.plugins.hook_registry import HookType
+    from sglang.srt.runtime_context import get_disagg
+
+    if get_disagg().disaggregation_mode != "decode":
+        return
+    from sglang_dflash.upstream import contract, handover
+
+    contract.check_handover()
+    _install({handover.PREBUILT: (handover.remember_transferred, HookType.AFTER)})
 
 
 def handle_dflash(original: Callable, server_args: Any) -> Any:

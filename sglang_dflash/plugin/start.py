@@ -170,11 +170,6 @@ REFUSALS = (
         lambda cfg, target, drafter: (cfg.dcp_size or 1) > 1,
     ),
     Refusal(
-        "prefill/decode disaggregation",
-        f"leave out --disaggregation-mode, {CHAIN}",
-        lambda cfg, target, drafter: cfg.disaggregation_mode not in (None, "null"),
-    ),
-    Refusal(
         "a drafter window",
         f"leave out --speculative-draft-window-size, {CHAIN}",
         lambda cfg, target, drafter: cfg.speculative_draft_window_size is not None,

@@ -374,16 +374,10 @@ class Bridge:
         under overlap it fills a mixed batch's grammar masks before the last step's tokens have advanced
         the grammars, which ends such a request with a 500.
         """
-        history, rows = self.history(), batch.req_pool_indices
-        mixed = batch.forward_mode.is_mixed()
-        if mixed and batch.has_grammar and grammar_barrier is not None:
+        if batch.forward_mode.is_mixed() and batch.has_grammar and grammar_barrier is not None:
             grammar_barrier()
-        for row, req in enumerate(batch.reqs):
-            if len(req.output_ids):
-                said = torch.tensor([list(req.output_ids)], device=rows.device)
-                start = torch.tensor([len(req.origin_input_ids)], device=rows.device)
-                history.write(rows[row : row + 1], start, said)
-                mixed = True
+        mixed = self.note_texts(batch) or batch.forward_mode.is_mixed()
+        history, rows = self.history(), batch.req_pool_indices
         info = batch.sampling_info
         if not mixed or info is None or not needs_penalties(info):
             return
@@ -395,6 +389,17 @@ class Bridge:
         info.acc_additive_penalties = added
         if info.acc_scaling_penalties is not None:
             info.acc_scaling_penalties = scales
+
+    def note_texts(self, batch: Any) -> bool:
+        """Write down what the batch's requests have said; whether any has said something."""
+        history, rows, any_text = self.history(), batch.req_pool_indices, False
+        for row, req in enumerate(batch.reqs):
+            if len(req.output_ids):
+                said = torch.tensor([list(req.output_ids)], device=rows.device)
+                start = torch.tensor([len(req.origin_input_ids)], device=rows.device)
+                history.write(rows[row : row + 1], start, said)
+                any_text = True
+        return any_text
 
     def remember_prefill(self, batch: Any, result: Any) -> None:
         """Note each request's next token."""

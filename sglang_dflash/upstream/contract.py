@@ -59,6 +59,16 @@ FRONT_END: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# Requests prefilled by another server (upstream/handover.py), checked on decode servers.
+HANDOVER: dict[str, tuple[str, ...]] = {
+    "sglang.srt.disaggregation.decode_schedule_batch_mixin."
+    "ScheduleBatchDisaggregationDecodeMixin.process_prebuilt": ("self", "future_map"),
+    # Hands over the last token and the length; that is all a tree's first step starts from.
+    "sglang.srt.speculative.dflash_disaggregation.build_dflash_disagg_draft_input": (
+        *("batch", "last_tokens_tensor", "future_map"),
+    ),
+}
+
 SERVER_INFO = (
     "sglang.srt.managers.scheduler_components.internal_state."
     "SchedulerInternalStateController._add_speculative"
@@ -239,6 +249,11 @@ def check_sampler() -> None:
 def check_front_end() -> None:
     """Check what is hooked where requests come in. Raises UserError."""
     _raise_if_broken(FRONT_END)
+
+
+def check_handover() -> None:
+    """Check what a decode server of prefill/decode disaggregation hooks. Raises UserError."""
+    _raise_if_broken(HANDOVER)
 
 
 def check_triton() -> None:

@@ -16,6 +16,7 @@ from sglang_dflash.settings import get_settings
 from sglang_dflash.upstream.bridge import Bridge, refuse_unserved
 from sglang_dflash.upstream.contract import check_worker
 from sglang_dflash.upstream.drafter_cache import clean_drafter_cache
+from sglang_dflash.upstream.handover import receive
 from sglang_dflash.upstream.results import attach, free_room, metric_labels
 from sglang_dflash.upstream.weights import route_weight_updates
 from sglang_dflash.worker.accept import AcceptStage
@@ -65,6 +66,7 @@ class TreeWorker(DFlashWorkerV2):
         self.accept = AcceptStage(self.bridge)
         self.commit = CommitStage(self.bridge)
         route_weight_updates(self)
+        receive(self.bridge)
 
         self.steps = 0
         self.health = DrafterHealth()

@@ -6,7 +6,7 @@ import pytest
 
 from sglang_dflash.errors import UserError
 from sglang_dflash.plugin import hooks
-from sglang_dflash.upstream import contract
+from sglang_dflash.upstream import contract, handover
 
 
 def test_light_contract_holds() -> None:
@@ -21,6 +21,10 @@ def test_sampler_contract_holds() -> None:
     assert contract.broken(contract.SAMPLER | contract.FRONT_END) == []
 
 
+def test_handover_contract_holds() -> None:
+    assert contract.broken(contract.HANDOVER) == []
+
+
 def test_triton_seam_holds() -> None:
     assert contract.broken(contract.TRITON) == []
 
@@ -30,6 +34,7 @@ def test_every_hooked_function_is_under_contract() -> None:
     assert hooked <= set(contract.LIGHT) | set(contract.WORKER)
     assert set(hooks._sampler_table()) <= set(contract.SAMPLER)
     assert set(hooks._front_end_table()) <= set(contract.FRONT_END)
+    assert handover.PREBUILT in contract.HANDOVER
 
 
 def test_a_lost_parameter_and_a_lost_name_are_named() -> None:
