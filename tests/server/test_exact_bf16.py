@@ -190,16 +190,21 @@ class TestChain:
             # The same prefills again: a cached prefix rounds otherwise.
             assert client.http.post("/flush_cache", params={"timeout": 60}).status_code == 200
             ignored = client.generate(requests[:3], 1, **PENALTIES)
+            early = {"stop_token_ids": [chain[0]["output_ids"][6]], "min_new_tokens": 16}
+            stopped = client.generate(requests[:1], 1, **early)[0]
         with serving("top1", args, SGLANG_DFLASH_TOP_K="1") as client:
             assert f"draft trees on. nodes={block} block={block}" in client.server.output()
             tree = client.generate(requests, 1)
             penalised = client.generate(requests[:3], 1, **PENALTIES)
+            went_on = client.generate(requests[:1], 1, **early)[0]
         for left, right in zip(chain, tree, strict=True):
             assert left["output_ids"] == right["output_ids"]
             assert left["meta_info"]["spec_verify_ct"] == right["meta_info"]["spec_verify_ct"]
         part = Plain(plain.client, plain.oracle, requests, plain.outputs[: self.COUNT])
         assert compare(part, tree).ok
-        # What SGLang's chain says with penalties is what it says without; trees heed them.
+        # What SGLang's chain says with penalties is what it says without, and it stops too soon.
+        assert stopped["meta_info"]["completion_tokens"] <= 7
+        assert went_on["meta_info"]["completion_tokens"] >= 16
         for left, right, free in zip(ignored, penalised, chain, strict=False):
             assert left["output_ids"] == free["output_ids"]
             assert right["output_ids"] != free["output_ids"]
