@@ -60,19 +60,24 @@ def normalize_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def read_server_info(url: str, timeout: float = 30.0) -> ServerInfo:
-    """Ask a running server; raises :class:`UserError` when it does not answer as SGLang does."""
+def ask(url: str, path: str, timeout: float) -> httpx.Response:
+    """GET ``path`` of a running server; raises :class:`UserError` when nobody answers."""
     base = normalize_url(url)
     try:
         # Proxy settings are for the world outside; a server on this machine is not reached by them.
-        reply = httpx.get(f"{base}/server_info", timeout=timeout, trust_env=False)
+        return httpx.get(f"{base}{path}", timeout=timeout, trust_env=False)
     except httpx.HTTPError as error:
         raise UserError(f"no answer from {base} ({type(error).__name__}); is the server running?") from error
     except (httpx.InvalidURL, ValueError) as error:
         raise UserError(f"{url!r} is not a URL; write for example http://127.0.0.1:30000") from error
+
+
+def read_server_info(url: str, timeout: float = 30.0) -> ServerInfo:
+    """Ask a running server; raises :class:`UserError` when it does not answer as SGLang does."""
+    reply = ask(url, "/server_info", timeout)
     if reply.status_code != 200:
-        raise UserError(f"{base}/server_info answered {reply.status_code}; is this an SGLang server?")
+        raise UserError(f"{reply.url} answered {reply.status_code}; is this an SGLang server?")
     try:
         return ServerInfo.model_validate(reply.json())
     except ValueError as error:
-        raise UserError(f"{base}/server_info is not SGLang's; is this an SGLang server?") from error
+        raise UserError(f"{reply.url} is not SGLang's; is this an SGLang server?") from error

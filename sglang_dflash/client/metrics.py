@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import httpx
-
-from sglang_dflash.client.info import normalize_url
+from sglang_dflash.client.info import ask, normalize_url
 from sglang_dflash.errors import UserError
 
 PREFIX = "sglang_dflash:"
@@ -55,18 +53,12 @@ def parse(text: str) -> Scrape:
 
 def read_metrics(url: str, timeout: float = 10.0) -> Scrape:
     """Ask a running server; raises :class:`UserError` when it is not there or exports no metrics."""
-    base = normalize_url(url)
-    try:
-        reply = httpx.get(f"{base}/metrics", timeout=timeout, trust_env=False)
-    except httpx.HTTPError as error:
-        raise UserError(f"no answer from {base} ({type(error).__name__}); is the server running?") from error
-    except (httpx.InvalidURL, ValueError) as error:
-        raise UserError(f"{url!r} is not a URL; write for example http://127.0.0.1:30000") from error
+    reply = ask(url, "/metrics", timeout)
     if reply.status_code == 404:
-        raise UserError(f"{base} exports no metrics; start the server with --enable-metrics")
+        raise UserError(f"{normalize_url(url)} exports no metrics; start the server with --enable-metrics")
     if reply.status_code != 200:
-        raise UserError(f"{base}/metrics answered {reply.status_code}; is this an SGLang server?")
+        raise UserError(f"{reply.url} answered {reply.status_code}; is this an SGLang server?")
     try:
         return parse(reply.text)
     except ValueError as error:
-        raise UserError(f"{base}/metrics is not Prometheus text; is this an SGLang server?") from error
+        raise UserError(f"{reply.url} is not Prometheus text; is this an SGLang server?") from error
