@@ -35,11 +35,18 @@ class MasterAdamW:
         norm = float(torch.stack([g.norm() for g in grads]).norm())
         if not math.isfinite(norm):
             return norm
-        scale = min(1.0, self.clip / (norm + 1e-12))
+        torch._foreach_mul_(grads, min(1.0, self.clip / (norm + 1e-12)))
         self.count += 1
         b1, b2 = self.betas
-        unbias = math.sqrt(1 - b2**self.count) / (1 - b1**self.count)
-        torch._foreach_mul_(grads, scale)
+        self._update(grads, rate, math.sqrt(1 - b2**self.count) / (1 - b1**self.count))
+        for p, x in zip(self.params, self.master, strict=True):
+            p.copy_(x)
+            p.grad = None
+        return norm
+
+    def _update(self, grads: list[torch.Tensor], rate: float, unbias: float) -> None:
+        """Move the float32 masters; ``unbias`` corrects the rate for the moments' start at zero."""
+        b1, b2 = self.betas
         torch._foreach_lerp_(self.m, grads, 1 - b1)
         torch._foreach_mul_(self.v, b2)
         torch._foreach_addcmul_(self.v, grads, grads, 1 - b2)
@@ -47,10 +54,6 @@ class MasterAdamW:
         torch._foreach_add_(denominators, self.eps)
         torch._foreach_mul_(self.master, [1 - rate * d for d in self.decay])
         torch._foreach_addcdiv_(self.master, self.m, denominators, -rate * unbias)
-        for p, x in zip(self.params, self.master, strict=True):
-            p.copy_(x)
-            p.grad = None
-        return norm
 
     def state(self) -> dict:
         return {"master": self.master, "m": self.m, "v": self.v, "count": self.count}
@@ -93,20 +96,11 @@ class MasterMuon(MasterAdamW):
 
     momentum = 0.95
 
-    @torch.no_grad()
-    def step(self, rate: float) -> float:
-        grads = [p.grad.float() for p in self.params]
-        norm = float(torch.stack([g.norm() for g in grads]).norm())
-        if not math.isfinite(norm):
-            return norm
-        scale = min(1.0, self.clip / (norm + 1e-12))
-        self.count += 1
+    def _update(self, grads: list[torch.Tensor], rate: float, unbias: float) -> None:
         b1, b2 = self.betas
-        unbias = math.sqrt(1 - b2**self.count) / (1 - b1**self.count)
         for p, g, x, m, v, decay in zip(
             self.params, grads, self.master, self.m, self.v, self.decay, strict=True
         ):
-            g.mul_(scale)
             if p.ndim == 2:
                 m.lerp_(g, 1 - self.momentum)
                 update = orthogonalize(g.lerp(m, self.momentum), p.dtype)
@@ -115,9 +109,6 @@ class MasterMuon(MasterAdamW):
                 m.lerp_(g, 1 - b1)
                 v.mul_(b2).addcmul_(g, g, value=1 - b2)
                 x.addcdiv_(m, v.sqrt().add_(self.eps), value=-rate * unbias)
-            p.copy_(x)
-            p.grad = None
-        return norm
 
 
 def learning_rate(peak: float, progress: float, warmup: float = 0.04, floor: float = 0.0) -> float:
