@@ -50,21 +50,37 @@ def long_requests(count: int, seed: int, new_tokens: int = 120) -> list[Request]
     ]
 
 
-PARAMS: list[dict[str, Any]] = [
+GREEDY: list[dict[str, Any]] = [
     {},
     {"frequency_penalty": 0.6},
     {"repetition_penalty": 1.2},
     {"presence_penalty": 0.4, "min_new_tokens": 60},
     {"regex": "([a-z][0-9]){60}"},
 ]
+SEEDED: list[dict[str, Any]] = [
+    {"temperature": 0.8},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_p": 0.9, "frequency_penalty": 0.6},
+    {"temperature": 0.8, "top_k": 20, "min_p": 0.02},
+    {"temperature": 1.0, "regex": "([a-z][0-9]){60}"},
+]
 
 
-def test_chunks_mixed_batches_and_retraction(tight: Client, tiny_plain: Client) -> None:
+@pytest.mark.parametrize("kinds", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_chunks_mixed_batches_and_retraction(
+    kinds: list[dict[str, Any]], tight: Client, tiny_plain: Client
+) -> None:
+    """A seeded request's noise depends on its seed and positions, not on how often it was prefilled."""
+    seeds = [{"sampling_seed": 40 + i} if kinds is SEEDED else {} for i in range(15)]
     bodies = [
-        body_of(request, ignore_eos=True, **PARAMS[i % len(PARAMS)])
-        for i, request in enumerate(long_requests(15, seed=1))
+        body_of(request, ignore_eos=True, **kinds[i % len(kinds)], **seeds[i])
+        for i, request in enumerate(long_requests(15, seed=1 if kinds is GREEDY else 6))
     ]
-    _, got = Pair(tiny_plain, tight).compare(bodies, 10, at_least=0)
+    want, got = Pair(tiny_plain, tight).compare(bodies, 10, at_least=0)
+    if kinds is SEEDED:
+        greedy = [body_of(request, ignore_eos=True) for request in long_requests(2, seed=6)]
+        likeliest = [reply["output_ids"] for reply in tiny_plain.post_all(greedy, 2)]
+        assert all(reply["output_ids"] not in likeliest for reply in want[:2]), "nothing was sampled"
     meta = [reply["meta_info"] for reply in got]
     log = tight.server.output()
     assert "KV cache pool is full. Retract requests." in log

@@ -50,12 +50,22 @@ def two(launch: Callable[..., Client], tiny_pair: tuple[Path, Path], oracle_env:
 
 @pytest.mark.parametrize(
     "params",
-    [{}, {"frequency_penalty": 0.7}, {"regex": "([a-z][0-9]){12}"}],
-    ids=["free", "penalised", "grammar"],
+    [
+        {},
+        {"frequency_penalty": 0.7},
+        {"regex": "([a-z][0-9]){12}"},
+        {"temperature": 0.8, "sampling_seed": 31},
+        {"temperature": 1.0, "top_p": 0.9, "sampling_seed": 32},
+    ],
+    ids=["free", "penalised", "grammar", "seeded", "seeded-filtered"],
 )
 def test_two_ranks_say_what_one_says(params: dict[str, Any], two: Client, tiny_plain: Client) -> None:
     """float32 sums of two halves round otherwise than one sum, but a random model has clear winners."""
-    _, got = Pair(tiny_plain, two).compare(bodies(**params), 3)
+    want, got = Pair(tiny_plain, two).compare(bodies(**params), 3)
+    if "sampling_seed" in params:
+        greedy = tiny_plain.post_all(bodies(), 3)
+        pairs = zip(want, greedy, strict=True)
+        assert all(left["output_ids"] != right["output_ids"] for left, right in pairs), "nothing was sampled"
     print(f"accept length {accept_length(got):.2f}")
 
 
