@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
@@ -50,6 +51,11 @@ class DataOptions(BaseSettings):
     temperature: float = Field(0.8, gt=0, description="temperature of the sampled ones")
     batch: int = Field(128, ge=4, description="sequences decoded at once")
     seed: int = Field(0, description="opener and sampling seed")
+    engine: Literal["auto", "own", "sglang"] = Field(
+        "auto",
+        description="what decodes: our batched generator, or SGLang's offline engine (any model SGLang "
+        "serves, no --features); auto: sglang on CUDA without --features, else own",
+    )
     features: str = Field("", description="also cache features of these target layers, e.g. 1,8,15,22,28")
     features_dir: Path | None = Field(None, description="where; default: <cache>/features/<corpus name>")
     threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
@@ -78,7 +84,7 @@ def main(argv: list[str]) -> int:
 
     from sglang_dflash.train.chat import Chat
     from sglang_dflash.train.collect import Collector, Progress, Settings, describe
-    from sglang_dflash.train.target import DenseTarget
+    from sglang_dflash.train.target import DenseTarget, TargetName
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     if options.describe:
@@ -87,7 +93,12 @@ def main(argv: list[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = DenseTarget(options.target, device=device)
+    if options.engine == "sglang" and options.features:
+        raise UserError("SGLang's engine keeps no features; leave out --features (train computes them)")
+    by_engine = options.engine == "sglang" or (
+        options.engine == "auto" and device == "cuda" and not options.features
+    )
+    target = TargetName.of(options.target) if by_engine else DenseTarget(options.target, device=device)
     layers = tuple(int(x) for x in options.features.split(",")) if options.features else None
     settings = Settings(
         out=options.out,

@@ -16,10 +16,11 @@ from sglang_dflash.errors import UserError
 from sglang_dflash.train import corpus
 from sglang_dflash.train.chat import Chat
 from sglang_dflash.train.corpus import Record
+from sglang_dflash.train.engine import EngineGenerator
 from sglang_dflash.train.features import FeatureWriter
 from sglang_dflash.train.generate import Done, Generator, Job
 from sglang_dflash.train.prompts import Opener, clean_turn, is_held_out, openers, prompt_hash
-from sglang_dflash.train.target import DenseTarget
+from sglang_dflash.train.target import DenseTarget, TargetName
 from sglang_dflash.train.templates import template_prompts
 
 
@@ -115,9 +116,12 @@ def read_prompts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 class Collector:
-    """Drives one generator: openers become prompts, prompts become records, records shards."""
+    """Drives one generator: openers become prompts, prompts become records, records shards.
 
-    def __init__(self, target: DenseTarget, chat: Chat, settings: Settings) -> None:
+    Given a target that is loaded, our batched generator decodes; given its name, SGLang's engine does.
+    """
+
+    def __init__(self, target: DenseTarget | TargetName, chat: Chat, settings: Settings) -> None:
         self.target, self.chat, self.settings = target, chat, settings
         self.ready: deque[tuple[str, str]] = deque()  # (kind, prompt) not yet answered
         self.pending: dict[str, list[Record]] = {split: [] for split in corpus.SPLITS}
@@ -212,23 +216,32 @@ class Collector:
         if not self.pending[split]:
             return
         path = self.settings.out / f"{split}-{self.next_index[split]:05d}.npz"
-        if self.settings.features is not None and self.settings.features_dir is not None:
+        if self.planes[split] and self.settings.features_dir is not None:
+            assert isinstance(self.target, DenseTarget)
+            assert self.settings.features is not None
             writer = FeatureWriter(self.settings.features_dir, self.target, self.settings.features)
             writer.write(path.stem, torch.cat(self.planes[split]))
         corpus.write_shard(path, self.pending[split], self.target.vocab)
         self.next_index[split] += 1
         self.pending[split], self.planes[split] = [], []
 
+    def _generator(self) -> Generator | EngineGenerator:
+        s = self.settings
+        stop, max_len = self.chat.stop_ids(), s.max_prompt + s.max_new + 8
+        seed = s.seed * 31 + self.next_index["train"]
+        if isinstance(self.target, TargetName):
+            width = s.groups * s.width
+            return EngineGenerator(self.target.path, stop, width=width, max_len=max_len, seed=seed)
+        return Generator(
+            self.target, stop, groups=s.groups, width=s.width, max_len=max_len, features=s.features, seed=seed
+        )
+
     def run(self, report: Callable[[Progress], None], clock: Callable[[], float] = time.monotonic) -> None:
         s = self.settings
         corpus.write_meta(
             s.out, {"target": self.target.path.name, "vocab": self.target.vocab, "max_new": s.max_new}
         )
-        max_len = s.max_prompt + s.max_new + 8
-        generator = Generator(
-            self.target, self.chat.stop_ids(), groups=s.groups, width=s.width, max_len=max_len,
-            features=s.features, seed=s.seed * 31 + self.next_index["train"],
-        )  # fmt: skip
+        generator = self._generator()
         began, before = clock(), self.tokens
         self.late = lambda: s.minutes is not None and clock() - began > 60 * s.minutes
         try:

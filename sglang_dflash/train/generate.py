@@ -15,8 +15,6 @@ from torch.nn import functional as F
 
 from sglang_dflash.train.target import DenseTarget
 
-TOP_K = 32  # candidates that sampling draws from; the rest of the distribution is cut
-
 
 @dataclass
 class Job:
@@ -77,15 +75,14 @@ class Generator:
         self.rng = torch.Generator(device=target.device).manual_seed(seed)
 
     def _pick(self, last: torch.Tensor, temperature: torch.Tensor) -> list[int]:
-        """Next tokens of rows ``last`` [n, hidden]: greedy, or sampled from the top candidates."""
+        """Next tokens of rows ``last`` [n, hidden]: greedy, or sampled from the whole vocabulary."""
         logits = F.linear(last, self.target.head)
-        values, ids = logits.topk(TOP_K, dim=-1)
-        scaled = values.float() / temperature.clamp_min(1e-4)[:, None]
-        drawn = torch.multinomial(scaled.softmax(-1), 1, generator=self.rng)[:, 0]
-        # Ties of bf16 logits are common; the smallest id wins, as argmax does.
-        greedy = torch.where(values == values[:, :1], ids, ids.new_full((), self.target.vocab)).amin(-1)
-        sampled = ids.gather(-1, drawn[:, None])[:, 0]
-        return torch.where(temperature > 0, sampled, greedy).tolist()
+        picked = logits.argmax(-1)  # of tied logits, common in bf16, the smallest id
+        rows = temperature.nonzero()[:, 0]
+        if len(rows):
+            probs = (logits[rows].float() / temperature[rows, None]).softmax(-1)
+            picked[rows] = torch.multinomial(probs, 1, generator=self.rng)[:, 0]
+        return picked.tolist()
 
     def _start(self, group: _Group, jobs: list[Job]) -> None:
         longest = max(len(job.prompt) for job in jobs)

@@ -9,7 +9,6 @@ import httpx
 from sglang_dflash.client.info import ServerInfo, normalize_url, read_server_info
 from sglang_dflash.errors import UserError
 from sglang_dflash.train.batches import Document
-from sglang_dflash.train.generate import TOP_K
 from sglang_dflash.train.judge import Walk, group_indices
 
 
@@ -71,9 +70,7 @@ def run(url: str, documents: list[Document], max_new: int) -> ServedRun:
     with httpx.Client(base_url=base, timeout=600.0, trust_env=False) as http:
         for document in documents:
             prompt, answer = document.tokens[: document.prompt_len], document.tokens[document.prompt_len :]
-            sampling: dict = {"temperature": document.temperature, "max_new_tokens": max_new}
-            if document.temperature > 0:
-                sampling["top_k"] = TOP_K  # what offline answers are drawn from
+            sampling = {"temperature": document.temperature, "max_new_tokens": max_new}
             body = {"input_ids": prompt.tolist(), "sampling_params": sampling}
             try:
                 reply = http.post("/generate", json=body)

@@ -75,6 +75,26 @@ def _read_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, torc
     return out
 
 
+@dataclass(frozen=True)
+class TargetName:
+    """A target that something else runs: what its corpus has to know of it."""
+
+    path: Path
+    vocab: int
+
+    @classmethod
+    def of(cls, path: Path) -> TargetName:
+        """Raises UserError when there is no target in ``path``."""
+        return cls(path, int(_read_config(path)["vocab_size"]))
+
+
+def _read_config(path: Path) -> dict:
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"no target model at {path}: config.json is missing (sglang-dflash fetch)")
+    return json.loads(file.read_text())
+
+
 class DenseTarget:
     """The frozen target: ``[tokens] -> features, last hidden state``, prefilled or decoded.
 
@@ -86,10 +106,7 @@ class DenseTarget:
     def __init__(self, path: Path | str, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
         self.path = Path(path)
         dtype = dtype or fast_dtype(device)
-        config_file = self.path / "config.json"
-        if not config_file.is_file():
-            raise UserError(f"no target model at {self.path}: config.json is missing (sglang-dflash fetch)")
-        self.config = config = json.loads(config_file.read_text())
+        self.config = config = _read_config(self.path)
         if config.get("model_type") not in SUPPORTED:
             raise UserError(
                 f"target type {config.get('model_type')!r} is not supported for training; "
