@@ -16,15 +16,19 @@ def validate_one_request(original: Callable, self: Any, obj: Any, input_ids: lis
     Raises:
         ValueError: SGLang's way to answer 400; the message names the cause.
     """
-    # With images or embeddings the ids are placeholders that a processor expands.
+    # With images or embeddings the ids are placeholders that a processor expands; in a session they are
+    # appended to a text that the scheduler has.
     if input_ids is not None and obj.input_embeds is None and not obj.contains_mm_input():
-        check_ids(input_ids, self.model_config)
+        may_be_empty = getattr(obj, "session_params", None) is not None
+        check_ids(input_ids, self.model_config, may_be_empty)
     return original(self, obj, input_ids)
 
 
-def check_ids(ids: list[int], config: Any) -> None:
-    """Raise ValueError unless ``ids`` is a non-empty list of ids of the model's vocabulary."""
+def check_ids(ids: list[int], config: Any, may_be_empty: bool = False) -> None:
+    """Raise ValueError unless ``ids`` are of the model's vocabulary, and at least one."""
     if not ids:
+        if may_be_empty:
+            return
         raise ValueError("The prompt has no tokens; give at least one.")
     # A model with images may count another vocabulary than its text's.
     size = max(config.vocab_size, getattr(config.hf_text_config, "vocab_size", 0))
