@@ -55,7 +55,10 @@ class TrainOptions(BaseSettings):
     )
     rate: float = Field(1e-3, gt=0, description="peak learning rate (cosine)")
     warmup: float = Field(0.04, ge=0, lt=1, description="share of the run that warms up")
-    rows: int = Field(8, ge=1, description="documents a micro-batch")
+    rows: int = Field(8, ge=1, description="documents (or packed rows) a micro-batch")
+    pack: int | None = Field(
+        None, ge=0, description="tokens a row, which short documents share; 0: never; default: 2048 on CUDA"
+    )
     anchors: int = Field(32, ge=1, description="random anchors a document, drawn anew each visit")
     accumulate: int = Field(1, ge=1, description="micro-batches an update")
     clip: float = Field(1.0, gt=0, description="gradient norm limit")
@@ -195,6 +198,7 @@ def main(argv: list[str]) -> int:
         loss=LossSettings(gamma=o.gamma, kl=o.kl, tree=o.tree, confidence=o.confidence),
         schedule=_schedule(o.schedule),
         how=how,
+        pack_to=o.pack if o.pack is not None else (2048 if device.startswith("cuda") else 0),
         negatives=o.negatives if o.negatives is not None else (2048 if device == "cpu" else -1),
         **{name: getattr(o, name) for name in SHARED},
     )

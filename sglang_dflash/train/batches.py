@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from bisect import bisect_left, insort
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,17 @@ from sglang_dflash.train.prompts import family, prompt_hash
 
 @dataclass
 class Document:
-    """One answered prompt with its planes [tokens, planes, hidden] (features, then last hidden state)."""
+    """One answered prompt with its planes [tokens, planes, hidden] (features, then last hidden state).
+
+    Several packed into one (:func:`pack`) have their beginnings in ``starts``.
+    """
 
     tokens: torch.Tensor
     prompt_len: int
     kind: str
     temperature: float
     planes: torch.Tensor
+    starts: tuple[int, ...] = (0,)
 
     @property
     def family(self) -> str:
@@ -32,6 +38,25 @@ class Document:
     def anchors(self) -> range:
         """Positions a block can start at: a response token with at least one token after it."""
         return range(self.prompt_len, len(self.tokens) - 1)
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every token: the number of its document in the pack, and where that document begins."""
+        starts = torch.tensor(self.starts)
+        number = torch.searchsorted(starts, torch.arange(len(self.tokens)), right=True) - 1
+        return number, starts[number]
+
+
+def pack(documents: list[Document]) -> Document:
+    """One document of several: blocks of one see nothing of another. ``prompt_len`` is the first's."""
+    if len(documents) == 1:
+        return documents[0]
+    lengths = [len(document.tokens) for document in documents]
+    return replace(
+        documents[0],
+        tokens=torch.cat([document.tokens for document in documents]),
+        planes=torch.cat([document.planes for document in documents]),
+        starts=tuple(accumulate(lengths[:-1], initial=0)),
+    )
 
 
 def load_documents(
@@ -80,7 +105,7 @@ def excluded_hashes(paths: list[Path]) -> set[int]:
 
 @dataclass
 class Batch:
-    """R rows of one document each, A blocks of B slots a row; L = B - 1.
+    """R rows of one document or pack each, A blocks of B slots a row; L = B - 1.
 
     inputs: [R, A, B] token ids of the slots (anchor, then mask or revealed tokens)
     labels: [R, A, L] ids, -1 past the document's end or where revealed
@@ -115,31 +140,34 @@ def build_batch(
     reveal: torch.Tensor | None = None,
     how: str = "split",
 ) -> Batch:
-    """One batch of ``documents`` with the given ``anchors`` (one [<= A] tensor a document).
+    """One batch of ``documents`` with the given ``anchors`` (one [<= A] tensor a row).
 
     ``reveal`` [R, A, L] bool shows those tokens instead of the mask and trains only the others.
     """
     R, A = len(documents), max(len(a) for a in anchors)
     T = max(int(a.max()) if len(a) else 0 for a in anchors) + 1
     tokens = torch.full((R, T + block), -1, dtype=torch.long)
+    owner = torch.full((R, T + block), -1, dtype=torch.long)
     at = torch.zeros(R, A, dtype=torch.long)
     real = torch.zeros(R, A, dtype=torch.bool)
-    document = torch.full((R, T), -1, dtype=torch.long)
+    position = torch.arange(T).repeat(R, 1)
     planes = documents[0].planes.new_zeros(R, T, *documents[0].planes.shape[1:])
-    lasts = []
     L = block - 1
     for r, (doc, places) in enumerate(zip(documents, anchors, strict=True)):
         n = min(len(doc.tokens), T + block)
         tokens[r, :n] = doc.tokens[:n]
+        number, start = doc.places()
+        owner[r, :n] = number[:n]
         m = min(len(doc.tokens), T)
-        document[r, :m] = 0
+        position[r, :m] -= start[:m]
         planes[r, :m] = doc.planes[:m]
         at[r, : len(places)] = places
         at[r, len(places) :] = places[0] if len(places) else 0
         real[r, : len(places)] = True
     slots = at[..., None] + torch.arange(block)
     inside = torch.arange(R)[:, None, None]
-    wanted = tokens[inside, slots]
+    # What comes after a document's end is another's, or nothing.
+    wanted = torch.where(owner[inside, slots] == owner.gather(1, at)[..., None], tokens[inside, slots], -1)
     labels = wanted[..., 1:].clone()
     labels[~real] = -1
     inputs = torch.full_like(wanted, mask_token)
@@ -151,8 +179,8 @@ def build_batch(
     decay = torch.exp(-torch.arange(L, dtype=torch.float32) / gamma)
     weight = decay.expand(R, A, L) * (labels >= 0)
     lasts = slots[..., :-1]
-    position = torch.arange(T).expand(R, T)
-    return Batch(inputs, labels, lasts, weight, planes, Layout(at, document, position, block, how))
+    layout = Layout(at, owner[:, :T], position, block, how)
+    return Batch(inputs, labels, lasts, weight, planes, layout)
 
 
 def last_hidden(batch: Batch, documents: list[Document]) -> torch.Tensor:
@@ -164,28 +192,36 @@ def last_hidden(batch: Batch, documents: list[Document]) -> torch.Tensor:
 
 
 class Sampler:
-    """Documents of each step (a new order every epoch) and their random anchors."""
+    """Documents of each step (a new order every epoch) and their random anchors.
 
-    def __init__(self, documents: list[Document], rows: int, anchors: int, seed: int) -> None:
-        self.documents, self.rows, self.anchors, self.seed = (
-            documents,
-            min(rows, len(documents)),
-            anchors,
-            seed,
-        )
-        self.per_epoch = max(1, len(documents) // self.rows)
+    Args:
+        rows, anchors: rows of a step, and anchors of a document.
+        pack_to: tokens that a row may hold; documents that fit together share one, always the same ones.
+            0: one document a row.
+    """
+
+    def __init__(
+        self, documents: list[Document], rows: int, anchors: int, seed: int, pack_to: int = 0
+    ) -> None:
+        self.documents, self.anchors, self.seed = documents, anchors, seed
+        self.units = _fill([len(document.tokens) for document in documents], pack_to)
+        self.rows = min(rows, len(self.units))
+        self.per_epoch = max(1, len(self.units) // self.rows)
         self._order: tuple[int, list[np.ndarray]] | None = None
+
+    def _length(self, unit: int) -> int:
+        return sum(len(self.documents[i].tokens) for i in self.units[unit])
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
         if self._order is None or self._order[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch))
-            order = rng.permutation(len(self.documents))[: self.per_epoch * self.rows]
+            order = rng.permutation(len(self.units))[: self.per_epoch * self.rows]
             # Sorting inside windows keeps rows of a batch of like length, order still random.
             window = self.rows * 16
             parts = []
             for at in range(0, len(order), window):
                 part = order[at : at + window]
-                part = part[np.argsort([len(self.documents[i].tokens) for i in part], kind="stable")]
+                part = part[np.argsort([self._length(i) for i in part], kind="stable")]
                 parts += [part[i : i + self.rows] for i in range(0, len(part), self.rows)]
             rng.shuffle(parts)
             self._order = (epoch, parts)
@@ -194,11 +230,33 @@ class Sampler:
     def draw(self, step: int) -> tuple[list[Document], list[torch.Tensor], torch.Generator]:
         """Documents, anchors and the generator for further draws of ``step``."""
         epoch, index = divmod(step, self.per_epoch)
-        documents = [self.documents[i] for i in self._batches(epoch)[index]]
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        anchors = []
-        for doc in documents:
-            places = doc.anchors()
-            picked = torch.randperm(len(places), generator=rng)[: self.anchors] + places.start
-            anchors.append(picked.sort().values)
-        return documents, anchors, rng
+        rows, anchors = [], []
+        for unit in self._batches(epoch)[index]:
+            documents = [self.documents[i] for i in self.units[unit]]
+            row, picked = pack(documents), []
+            for document, start in zip(documents, row.starts, strict=True):
+                places = document.anchors()
+                chosen = torch.randperm(len(places), generator=rng)[: self.anchors] + places.start
+                picked.append(chosen.sort().values + start)
+            rows.append(row)
+            anchors.append(torch.cat(picked))
+        return rows, anchors, rng
+
+
+def _fill(lengths: list[int], pack_to: int) -> list[list[int]]:
+    """Document numbers row by row: the longest first, each into the fullest row it fits (best fit)."""
+    if not pack_to:
+        return [[i] for i in range(len(lengths))]
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (what is free, row), ascending
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(room, (lengths[i], -1))
+        if at == len(room):
+            rows.append([i])
+            insort(room, (max(pack_to - lengths[i], 0), len(rows) - 1))
+        else:
+            free, row = room.pop(at)
+            rows[row].append(i)
+            insort(room, (free - lengths[i], row))
+    return rows

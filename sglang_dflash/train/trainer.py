@@ -37,8 +37,9 @@ class TrainSettings:
     rate: float = 6e-4
     warmup: float = 0.04
     floor: float = 0.0
-    rows: int = 16  # documents a micro-batch
+    rows: int = 16  # of documents (or packs of them) a micro-batch
     anchors: int = 16  # anchors a document
+    pack_to: int = 0  # tokens a row; 0: one document a row
     accumulate: int = 1
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -89,7 +90,9 @@ class Trainer:
         self.observe = observe
         out.mkdir(parents=True, exist_ok=True)
         rank, world = parallel.start()
-        self.sampler = Sampler(train[rank::world], settings.rows, settings.anchors, settings.seed)
+        self.sampler = Sampler(
+            train[rank::world], settings.rows, settings.anchors, settings.seed, settings.pack_to
+        )
         kind = MasterMuon if settings.optimizer == "muon" else MasterAdamW
         self.optimizer = kind(drafter, weight_decay=settings.weight_decay, clip=settings.clip)
         for layer in drafter.layers:
