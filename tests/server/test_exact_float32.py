@@ -126,6 +126,21 @@ def test_a_seeded_request_has_one_text(pair: Pair, tokenizer: Any) -> None:
     assert len(changed) >= 8, "most sampled requests gave the greedy text: the test proves little"
 
 
+@pytest.mark.parametrize(
+    "params",
+    [{"frequency_penalty": 0.8, "presence_penalty": 0.5}, {"repetition_penalty": 1.3}],
+    ids=lambda params: "+".join(params),
+)
+def test_penalties_of_a_seeded_request(params: dict[str, Any], pair: Pair, tokenizer: Any) -> None:
+    """The noise is added to what the penalties left, at every node."""
+    requests = chat_requests(tokenizer, 37, 24)[33:]
+    sampled = {"temperature": 0.8, "top_p": 0.95, "sampling_seed": 9}
+    base = [reply["output_ids"] for reply in pair.plain.generate(requests, 4, **sampled)]
+    want = [reply["output_ids"] for reply in pair.plain.generate(requests, 4, **sampled, **params)]
+    assert [reply["output_ids"] for reply in pair.tree.generate(requests, 4, **sampled, **params)] == want
+    assert want != base, "the penalty changed nothing; the test proves nothing"
+
+
 def test_parallel_samples_of_a_seed_differ_and_repeat(pair: Pair, tokenizer: Any) -> None:
     ids = list(chat_requests(tokenizer, 33, 20)[32].ids)
 
