@@ -61,7 +61,7 @@ readme:  ## put what make demo and make bench measured into README.md
 	$(PY) benchmarks/readme.py
 
 # Two processes (lanes: tests/conftest.py) of one thread, as they share two cores with the servers they start.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --no-loadscope-reorder
 
 test: fetch  ## everything meant to run in 25 minutes on two quiet cores
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 
@@ -9,22 +11,31 @@ from hypothesis import settings
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
 
-#: Fixtures that live as long as the session: all their users have to run in one process.
-_SHARED = frozenset({"tiny_plain", "tiny_tree"})
+#: Files in tests/server that start servers of their own and use no session-wide one.
+_OWN_SERVERS = ("test_exact_bf16.py", "test_exact_float32.py", "test_triton_interpreter.py")
 
 
-def _file(item: pytest.Item) -> str:
-    return item.nodeid.partition("::")[0]
+def lane(nodeid: str) -> str:
+    """What has to run in one process: a file, or all files that share the session's servers."""
+    file = nodeid.partition("::")[0]
+    shares = file.startswith("tests/server/") and not file.endswith(_OWN_SERVERS)
+    return "shared servers" if shares else file
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Lanes for the two processes of ``make test`` (pytest-xdist): a file, or all files that share servers.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Servers first, the shared ones before all: they take longest, and short files then fill the end."""
+    items.sort(
+        key=lambda item: (item.get_closest_marker("server") is None, lane(item.nodeid) != "shared servers")
+    )
 
-    Servers come first, as they take longest; what is short then fills the other process's end.
-    """
-    sharing = {_file(item) for item in items if _SHARED.intersection(getattr(item, "fixturenames", ()))}
-    items.sort(key=lambda item: (item.get_closest_marker("server") is None, _file(item) not in sharing))
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            lane = "tiny-servers" if _file(item) in sharing else _file(item)
-            item.add_marker(pytest.mark.xdist_group(lane))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Lanes for the two processes of ``make test``."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return lane(nodeid)
+
+    return Lanes(config, log)
