@@ -11,15 +11,17 @@ from hypothesis import settings
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
 
-#: Files in tests/server that start servers of their own and use no session-wide one.
+#: Files in tests/server that start servers of their own and use no session-wide one. They run one after
+#: the other: two servers of the embedded pair take 8 GB.
 _OWN_SERVERS = ("test_exact_bf16.py", "test_exact_float32.py", "test_triton_interpreter.py")
 
 
 def lane(nodeid: str) -> str:
-    """What has to run in one process: a file, or all files that share the session's servers."""
+    """What has to run in one process: a file, or files with servers."""
     file = nodeid.partition("::")[0]
-    shares = file.startswith("tests/server/") and not file.endswith(_OWN_SERVERS)
-    return "shared servers" if shares else file
+    if not file.startswith("tests/server/"):
+        return file
+    return "own servers" if file.endswith(_OWN_SERVERS) else "shared servers"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
