@@ -22,8 +22,11 @@ def mend_transfers() -> None:
     Raises:
         UserError: when the installed SGLang is not the expected one.
     """
-    from sglang.srt.runtime_context import get_disagg
+    from sglang.srt.runtime_context import get_context, get_disagg
 
+    # A process that only imports SGLang's model code (a library's, a test's) has no flags at all.
+    if not get_context().is_config_namespace_published("disagg"):
+        return
     if get_disagg().disaggregation_mode != "prefill":
         return
     os.environ[EARLY_SEND] = "0"
