@@ -53,13 +53,31 @@ def pair(launch: Callable[..., Client], target: Path, drafter: Path, tmp_path_fa
     return Pair(plain, tree, tap)
 
 
+def outputs(client: Client, requests: list[Request], batch: int, **params: Any) -> list[list[int]]:
+    return [reply["output_ids"] for reply in client.generate(requests, batch, **params)]
+
+
+def of_both(
+    pair: Pair, requests: list[Request], batch: int, **params: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What plain decoding and the trees say; each server has its own core to answer on."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(outputs, client, requests, batch, **params) for client in (pair.plain, pair.tree)]
+        return jobs[0].result(), jobs[1].result()
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_outputs_are_identical(batch: int, pair: Pair, tokenizer: Any) -> None:
     requests = chat_requests(tokenizer, PROMPTS, NEW_TOKENS)
     requests = requests[: PROMPTS // 2] if batch == 1 else requests[PROMPTS // 2 :]
-    want = [reply["output_ids"] for reply in pair.plain.generate(requests, batch)]
-    got = [reply["output_ids"] for reply in pair.tree.generate(requests, batch)]
+    want, got = of_both(pair, requests, batch)
     assert got == want
+
+
+@pytest.fixture(scope="module")
+def free(pair: Pair, tokenizer: Any) -> list[list[int]]:
+    """Plain decoding without a penalty."""
+    return outputs(pair.plain, chat_requests(tokenizer, 16, 36)[12:], 4)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +93,12 @@ def test_outputs_are_identical(batch: int, pair: Pair, tokenizer: Any) -> None:
     ],
     ids=lambda params: "+".join(params),
 )
-def test_penalties_count_every_token_of_a_path(params: dict[str, Any], pair: Pair, tokenizer: Any) -> None:
-    requests = chat_requests(tokenizer, 16, 36)[12:]
-    base = [reply["output_ids"] for reply in pair.plain.generate(requests, 4)]
-    want = [reply["output_ids"] for reply in pair.plain.generate(requests, 4, **params)]
-    got = [reply["output_ids"] for reply in pair.tree.generate(requests, 4, **params)]
+def test_penalties_count_every_token_of_a_path(
+    params: dict[str, Any], pair: Pair, free: list[list[int]], tokenizer: Any
+) -> None:
+    want, got = of_both(pair, chat_requests(tokenizer, 16, 36)[12:], 4, **params)
     assert got == want
-    assert want != base, "the penalty changed nothing; the test proves nothing"
+    assert want != free, "the penalty changed nothing; the test proves nothing"
 
 
 # One request of each kind in every eight, so that a batch mixes them all.
@@ -117,10 +134,15 @@ def test_a_seeded_request_has_one_text(pair: Pair, tokenizer: Any) -> None:
     """Plain or tree, alone or among seven others, before and after they filled the prefix cache."""
     # Not the prompts whose drafts are compared with the reference below.
     requests = chat_requests(tokenizer, 32, 24)[16:]
-    want = seeded(pair.plain, requests, 8)
-    assert seeded(pair.tree, requests, 8) == want
-    assert seeded(pair.tree, requests[:8], 1) == want[:8]
-    greedy = [reply["output_ids"] for reply in pair.plain.generate(requests, 8)]
+    with ThreadPoolExecutor(1) as pool:
+        want_later = pool.submit(seeded, pair.plain, requests, 8)
+        got = seeded(pair.tree, requests, 8)
+        want = want_later.result()
+        greedy_later = pool.submit(outputs, pair.plain, requests, 8)
+        alone = seeded(pair.tree, requests[:8], 1)
+        greedy = greedy_later.result()
+    assert got == want
+    assert alone == want[:8]
     changed = [i for i, output in enumerate(want) if output != greedy[i]]
     assert not {3, 11} & set(changed), "a greedy request was sampled"
     assert len(changed) >= 8, "most sampled requests gave the greedy text: the test proves little"
@@ -135,9 +157,9 @@ def test_penalties_of_a_seeded_request(params: dict[str, Any], pair: Pair, token
     """The noise is added to what the penalties left, at every node."""
     requests = chat_requests(tokenizer, 37, 24)[33:]
     sampled = {"temperature": 0.8, "top_p": 0.95, "sampling_seed": 9}
-    base = [reply["output_ids"] for reply in pair.plain.generate(requests, 4, **sampled)]
-    want = [reply["output_ids"] for reply in pair.plain.generate(requests, 4, **sampled, **params)]
-    assert [reply["output_ids"] for reply in pair.tree.generate(requests, 4, **sampled, **params)] == want
+    base = outputs(pair.plain, requests, 4, **sampled)
+    want, got = of_both(pair, requests, 4, **sampled, **params)
+    assert got == want
     assert want != base, "the penalty changed nothing; the test proves nothing"
 
 
