@@ -23,9 +23,8 @@ def accept_length_by_kind(replies: Sequence[Reply], title: str, path: Path) -> N
         same = [reply for reply in replies if reply.kind == kind]
         mean = mean_accept_length(same) or 0.0
         axes.bar(place, mean, width=0.55, color=BLUE, alpha=0.75)
-        axes.annotate(
-            f"{mean:.2f}", (place, mean / 2), ha="center", color="white", fontsize=14, weight="bold"
-        )
+        # Below the dots and the line at 1, since no answer takes fewer tokens than passes.
+        axes.annotate(f"{mean:.2f}", (place, 0.4), ha="center", color="white", fontsize=14, weight="bold")
         values = [reply.accept_length for reply in same if reply.accept_length is not None]
         # Dots beside each other in the order of the prompts: same place, same prompt, in every run.
         spread = [place + 0.4 * ((index + 0.5) / len(values) - 0.5) for index in range(len(values))]
