@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from sglang_dflash.models.fetch import fetch
 from sglang_dflash.models.registry import SMOLLM2
+from sglang_dflash.step.noise import StepNoise
+from sglang_dflash.step.sampling import SamplingParams
 from sglang_dflash.train.batches import Document, build_batch
 from sglang_dflash.train.chat import Chat
 from sglang_dflash.train.checkpoint import load_drafter
@@ -24,9 +26,7 @@ from sglang_dflash.train.collect import read_prompts
 from sglang_dflash.train.judge import TOP, Table, Walk, tree_accepts
 from sglang_dflash.train.model import Drafter
 from sglang_dflash.train.target import DenseTarget
-from sglang_dflash.worker.accept.sample import SamplingParams
 from sglang_dflash.worker.draft.couple import POOL, couple, race_for
-from sglang_dflash.worker.noise import StepNoise
 
 OFF = 1 << 30
 CHUNK = 32  # anchors drafted at once

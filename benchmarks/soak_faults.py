@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from sglang_dflash.step.width import Step
 from sglang_dflash.worker.draft import Candidates
-from sglang_dflash.worker.step import Step
 
 EVERY = 97
 _steps = itertools.count(1)

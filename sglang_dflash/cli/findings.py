@@ -226,7 +226,7 @@ def drafter(model: EmbeddedModel, target_there: bool) -> Iterator[Finding]:
             False, what, f"{folder} is missing", f"install {DISTRIBUTION} again: the drafter ships with it"
         )
         return
-    from sglang_dflash.plugin.drafter import check_fits, read_config, read_tensors
+    from sglang_dflash.drafter import check_fits, read_config, read_tensors
 
     try:
         read_config(folder)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_dflash import __version__
+from sglang_dflash.drafter import block_size_of
 from sglang_dflash.errors import UserError
-from sglang_dflash.plugin.drafter import block_size_of
 from sglang_dflash.settings import get_settings
 
 logger = logging.getLogger("sglang_dflash")
@@ -52,7 +52,7 @@ def create_worker(original: Callable, self: Any, server_args: Any) -> Any:
     )
     verify_installed()
     if get_settings().mode == "chain":
-        from sglang_dflash.plugin.banner import announce_chain
+        from sglang_dflash.worker.banner import announce_chain
 
         announce_chain()
         return original(self, server_args)

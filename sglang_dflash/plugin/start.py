@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_dflash.drafter import DrafterConfig, check_fits, read_config, resolve_folder
 from sglang_dflash.errors import UserError
 from sglang_dflash.plugin.budget import default_nodes
-from sglang_dflash.plugin.drafter import DrafterConfig, check_fits, read_config, resolve_folder
 from sglang_dflash.settings import MAX_NODES
 
 MIN_NODES = 2

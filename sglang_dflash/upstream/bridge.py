@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from dflash_kernels import Accepted, DraftTree, Race, ancestor_mask, draft_topk, merge_topk
-from sglang.srt.layers.logprob_processor import compute_spec_logprobs
-from sglang.srt.layers.sampler import apply_custom_logit_processor
+from dflash_kernels import DraftTree, Race, ancestor_mask, draft_topk, merge_topk
 from sglang.srt.lora.layers import unwrap_lora_layer
 from sglang.srt.model_executor.forward_batch_info import (
     CaptureHiddenMode,
@@ -26,17 +24,13 @@ from sglang.srt.speculative.dflash_utils import is_dense_head_weight
 from sglang.srt.speculative.dflash_worker_v2 import _resolve_dflash_embedding_module
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
-from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, draft_tp_context
+from sglang.srt.speculative.spec_utils import draft_tp_context
 
 from sglang_dflash.errors import UserError
 from sglang_dflash.platform.linear import head_logits
-from sglang_dflash.upstream.requests import needs_penalties, penalties_of
+from sglang_dflash.step.noise import StepNoise
+from sglang_dflash.step.width import Step, Width
 from sglang_dflash.upstream.sampler import params_of
-from sglang_dflash.worker.accept.penalties import apply_penalties, row_penalties
-from sglang_dflash.worker.accept.sample import SamplingParams
-from sglang_dflash.worker.history import TokenHistory
-from sglang_dflash.worker.noise import StepNoise
-from sglang_dflash.worker.step import Step, Width
 
 if TYPE_CHECKING:
     from sglang_dflash.upstream.triton_seam import TreeBuffers
@@ -88,7 +82,6 @@ class Bridge:
             processor.defer_verify_gather = False
         _keep_drafter_dtype(self.drafter)
         self.tree_buffers: TreeBuffers | None = None
-        self._history: TokenHistory | None = None
 
     # -- set-up -----------------------------------------------------------------
 
@@ -122,20 +115,6 @@ class Bridge:
                 "set SGLANG_DFLASH_MODE=chain"
             )
         return head
-
-    def warm_penalties(self) -> None:
-        """Compile SGLang's repetition penalty now, not in the first request that has one.
-
-        Not on CPU, where the platform's own is eager (``platform/fused_ops.py``).
-        """
-        if torch.device(self.device).type == "cpu":
-            return
-        from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
-
-        vocab = int(self.target.model_config.vocab_size)
-        for rows in (1, 2):  # one row is compiled apart from several
-            logits = torch.zeros((rows, vocab), device=self.device)
-            apply_scaling_penalties(logits, torch.ones_like(logits))
 
     def install_tree_attention(self, width: Width) -> None:
         """Make sure that the target's attention sees trees; there is no silent causal fallback.
@@ -186,7 +165,7 @@ class Bridge:
             write_virtual=slots.reshape(-1),
             read_extent=width.slots,
         )
-        sampling = self.sampling_params(batch)
+        sampling = None if batch.sampling_info is None else params_of(batch.sampling_info)
         return Step(
             width=width,
             anchor=draft_input.bonus_tokens.view(-1),
@@ -194,14 +173,10 @@ class Bridge:
             slots=slots,
             plan=plan,
             host_lens=host_lens,
+            host_exact=batch.seq_lens_cpu is not None,
             sampling=sampling,
             noise=StepNoise.of(sampling, prefix_lens, width.block),
         )
-
-    def _host_bound(self, batch: Any, step: Step, rows: int) -> tuple[torch.Tensor, int]:
-        """Host-side upper bound of each request's length with ``rows`` rows of this step."""
-        bound = step.host_lens + rows if batch.seq_lens_cpu is not None else step.host_lens
-        return bound, int(bound.sum())
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The target's input embedding of the block, scaled as the target scales it."""
@@ -218,7 +193,7 @@ class Bridge:
         """One drafter pass over the block; hidden states [bs, B, H] after its last norm."""
         bs, block = ids.shape
         embeds = self.embed(ids)
-        host_lens, host_sum = self._host_bound(batch, step, block)
+        host_lens, host_sum = step.host_bound(block)
         forward = ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=bs,
@@ -306,125 +281,17 @@ class Bridge:
             self.tree_buffers.write(tree)
         batch.out_cache_loc = step.slots[:, :nodes].reshape(-1)
         lens, total = batch.seq_lens_cpu, batch.seq_lens_sum
-        batch.seq_lens_cpu, batch.seq_lens_sum = self._host_bound(batch, step, nodes)
+        batch.seq_lens_cpu, batch.seq_lens_sum = step.host_bound(nodes)
         forward, _ = verify.prepare_for_verify(batch, self.worker.target_worker)
         batch.seq_lens_cpu, batch.seq_lens_sum = lens, total
         return self.worker.target_worker.forward_batch_generation(
             batch=None, forward_batch=forward, is_verify=True, skip_attn_backend_init=True
         )
 
-    # -- request features ---------------------------------------------------------
-
-    def start_grammar(self, batch: Any, tree: DraftTree) -> GrammarTree | None:
-        """Start copying the tree to the host, before the target pass is launched."""
-        if not batch.has_grammar:
-            return None
-        return GrammarTree.from_device(tree.first_child.long(), tree.next_sibling.long(), tree.tokens)
-
-    def adjust_logits(
-        self,
-        batch: Any,
-        logits: torch.Tensor,
-        step: Step,
-        tree: DraftTree,
-        grammar: GrammarTree | None,
-        barrier: Any,
-    ) -> None:
-        """What a request asks of the logits, at every node, in place and in plain decoding's order:
-        custom processor, penalties, grammar, logit bias."""
-        info = batch.sampling_info
-        mask = None
-        if grammar is not None:
-            mask = build_grammar_vocab_mask(
-                reqs=batch.reqs, tree=grammar, sampling_info=info, device=logits.device, barrier=barrier
-            )
-        if info is not None and info.has_custom_logit_processor:
-            apply_custom_logit_processor(logits, info, num_tokens_in_batch=step.width.nodes)
-        if info is not None and needs_penalties(info):
-            self._penalise(batch, logits, step, tree)
-        if mask is not None:
-            mask.apply(logits)
-        if info is not None and info.logit_bias is not None:
-            bs, nodes = tree.tokens.shape
-            logits.view(bs, nodes, -1).add_(info.logit_bias[:, None, :].to(logits.dtype))
-
-    def _penalise(self, batch: Any, logits: torch.Tensor, step: Step, tree: DraftTree) -> None:
-        penalties = penalties_of(batch, logits.device)
-        bound, _ = self._host_bound(batch, step, 1)
-        committed = self.history().counts(
-            batch.req_pool_indices,
-            penalties.prompt_lens,
-            step.prefix_lens,
-            min(int(bound.max()), self.history().tokens.shape[1]),
-            logits.shape[-1],
-        )
-        apply_penalties(logits, tree, committed, step.prefix_lens, penalties, depth=step.width.depth)
-
-    def history(self) -> TokenHistory:
-        if self._history is None:
-            table = self.target.req_to_token_pool.req_to_token
-            self._history = TokenHistory(table.shape[0], table.shape[1], table.device)
-        return self._history
-
-    def prepare_prefill(self, batch: Any, grammar_barrier: Any) -> None:
-        """Note what requests with a text behind them have said, and hold it against them.
-
-        Those are retracted requests, and in a mixed batch the running ones. SGLang counts penalties only
-        in plain decoding's steps, so their next token would come out as if nothing had been said; and
-        under overlap it fills a mixed batch's grammar masks before the last step's tokens have advanced
-        the grammars, which ends such a request with a 500.
-        """
-        if batch.forward_mode.is_mixed() and batch.has_grammar and grammar_barrier is not None:
-            grammar_barrier()
-        mixed = self.note_texts(batch) or batch.forward_mode.is_mixed()
-        history, rows = self.history(), batch.req_pool_indices
-        info = batch.sampling_info
-        if not mixed or info is None or not needs_penalties(info):
-            return
-        penalties = penalties_of(batch, rows.device)
-        seen = history.counts(
-            rows, penalties.prompt_lens, batch.seq_lens - 1, history.tokens.shape[1], info.vocab_size
-        )
-        added, scales = row_penalties(seen, batch.seq_lens - penalties.prompt_lens, penalties)
-        info.acc_additive_penalties = added
-        if info.acc_scaling_penalties is not None:
-            info.acc_scaling_penalties = scales
-
-    def note_texts(self, batch: Any) -> bool:
-        """Write down what the batch's requests have said; whether any has said something."""
-        history, rows, any_text = self.history(), batch.req_pool_indices, False
-        for row, req in enumerate(batch.reqs):
-            if len(req.output_ids):
-                said = torch.tensor([list(req.output_ids)], device=rows.device)
-                start = torch.tensor([len(req.origin_input_ids)], device=rows.device)
-                history.write(rows[row : row + 1], start, said)
-                any_text = True
-        return any_text
-
-    def remember_prefill(self, batch: Any, result: Any) -> None:
-        """Note each request's next token."""
-        if result.next_token_ids is not None:
-            self.history().write(batch.req_pool_indices, batch.seq_lens, result.next_token_ids.view(-1, 1))
-
-    def remember(self, batch: Any, step: Step, accepted: Accepted) -> None:
-        """Note the step's tokens; they stand behind the anchor, which is already there."""
-        self.history().write(batch.req_pool_indices, step.prefix_lens + 1, accepted.out_tokens)
-
     def agree(self, chosen: torch.Tensor, sampled: bool) -> None:
         """Make every tensor-parallel rank use rank 0's tokens, in place, as upstream's chain does."""
         site = SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE if sampled else SpecTpSyncSite.DFLASH_ACCEPT_GREEDY
         self.worker._tp_sync.sync(site, chosen)
-
-    def sampling_params(self, batch: Any) -> SamplingParams | None:
-        return None if batch.sampling_info is None else params_of(batch.sampling_info)
-
-    def logprobs(self, batch: Any, output: Any, accepted: Accepted, chosen: torch.Tensor) -> None:
-        """Log-probabilities of the committed tokens, where a request asks for them."""
-        if not batch.return_logprob:
-            return
-        bs, nodes = chosen.shape
-        rows = torch.arange(bs, device=chosen.device)[:, None] * nodes + accepted.path.clamp(min=0)
-        compute_spec_logprobs(batch, output, chosen.reshape(-1), accept_index=rows)
 
     def append_drafter_kv(
         self, step: Step, hidden: torch.Tensor, positions: torch.Tensor, accept_lens: torch.Tensor

@@ -169,7 +169,7 @@ WORKER: dict[str, tuple[str, ...]] = {
         "device",
         "barrier",
     ),
-    # A step's report to the host (worker/report.py).
+    # A step's report to the host (step/report.py).
     "sglang.srt.managers.auxiliary_output.append_auxiliary_output": ("current", "output"),
     "sglang.srt.managers.utils.GenerationBatchResult.copy_auxiliary_output_to_cpu": ("self",),
     "sglang.srt.managers.scheduler_components.batch_result_processor."

@@ -16,17 +16,17 @@ PREBUILT = (
 
 
 class _Receiver:
-    """The bridge of this process's worker; SGLang's batch does not know its worker."""
+    """The `Adjustments` of this process's worker; SGLang's batch does not know its worker."""
 
-    bridge: Any = None
+    adjust: Any = None
 
 
-def receive(bridge: Any) -> None:
-    """Note what transferred requests have said in this bridge's history."""
-    _Receiver.bridge = bridge
+def receive(adjust: Any) -> None:
+    """Note what transferred requests have said in this worker's history."""
+    _Receiver.adjust = adjust
 
 
 def remember_transferred(result: None, batch: Any, future_map: Any) -> None:
     """AFTER ``process_prebuilt``: each request's first token, or after a retraction its whole text."""
-    if _Receiver.bridge is not None:
-        _Receiver.bridge.note_texts(batch)
+    if _Receiver.adjust is not None:
+        _Receiver.adjust.note_texts(batch)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang_dflash.worker.accept.penalties import Penalties
+from sglang_dflash.step.penalties import Penalties
 
 
 def needs_penalties(info: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 from sglang.srt.runtime_context import get_observability, get_parallel, get_serving
 
-from sglang_dflash.worker.report import StepReport
+from sglang_dflash.step.report import StepReport
 
 
 def attach(output: Any, report: StepReport) -> None:

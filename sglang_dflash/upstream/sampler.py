@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sglang_dflash.worker.accept.sample import SamplingParams, filter_probs, sample_rows
+from sglang_dflash.step.sampling import SamplingParams, filter_probs, sample_rows
 
 # What `number_sample` appends to the id of a parallel sample (n > 1).
 _SAMPLE_ID = re.compile(r"[0-9a-f]{32}-(\d+)")

@@ -15,8 +15,8 @@ from dflash_kernels import DraftTree, num_words, tree_attention
 from dflash_kernels.tree_attn.workspace import TreeAttentionWorkspace
 
 from sglang_dflash.errors import UserError
+from sglang_dflash.step.width import Width
 from sglang_dflash.upstream.contract import check_triton
-from sglang_dflash.worker.step import Width
 
 
 class TreeBuffers:

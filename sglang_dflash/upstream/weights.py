@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang_dflash.drafter import DrafterConfig, check_fits, read_config, resolve_folder
 from sglang_dflash.errors import UserError
-from sglang_dflash.plugin.drafter import DrafterConfig, check_fits, read_config, resolve_folder
 
 logger = logging.getLogger("sglang_dflash")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sglang_dflash.worker.report import FALLBACK, StepResult
+from sglang_dflash.step.report import FALLBACK, StepResult
 
 ACCEPT_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 WIDTH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)

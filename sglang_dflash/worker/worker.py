@@ -10,9 +10,12 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 
-from sglang_dflash.plugin.banner import announce_tree
-from sglang_dflash.plugin.drafter import DrafterConfig, block_size_of, read_config, resolve_folder
+from sglang_dflash.drafter import DrafterConfig, block_size_of, read_config, resolve_folder
 from sglang_dflash.settings import get_settings
+from sglang_dflash.step.report import StepReport, StepResult, outcome
+from sglang_dflash.step.timing import Laps
+from sglang_dflash.step.width import Step, Width
+from sglang_dflash.upstream.adjust import Adjustments
 from sglang_dflash.upstream.bridge import Bridge, refuse_unserved
 from sglang_dflash.upstream.contract import check_worker
 from sglang_dflash.upstream.drafter_cache import clean_drafter_cache
@@ -20,13 +23,11 @@ from sglang_dflash.upstream.handover import receive
 from sglang_dflash.upstream.results import attach, free_room, metric_labels
 from sglang_dflash.upstream.weights import route_weight_updates
 from sglang_dflash.worker.accept import AcceptStage
+from sglang_dflash.worker.banner import announce_tree
 from sglang_dflash.worker.commit import CommitStage
 from sglang_dflash.worker.draft import DraftStage
 from sglang_dflash.worker.health import DrafterHealth
 from sglang_dflash.worker.metrics import Metrics
-from sglang_dflash.worker.report import StepReport, StepResult, outcome
-from sglang_dflash.worker.step import Step, Width
-from sglang_dflash.worker.timing import Laps
 from sglang_dflash.worker.tree import TreeStage
 from sglang_dflash.worker.tree.stage import load_rewrite
 from sglang_dflash.worker.verify import VerifyStage
@@ -53,6 +54,7 @@ class TreeWorker(DFlashWorkerV2):
 
         settings = get_settings()
         self.bridge = Bridge(self)
+        self.adjust = Adjustments(self.bridge.target)
         self.drafter_config = config = read_config(
             resolve_folder(spec.speculative_draft_model_path, spec.speculative_draft_model_revision)
         )
@@ -66,7 +68,7 @@ class TreeWorker(DFlashWorkerV2):
         self.accept = AcceptStage(self.bridge)
         self.commit = CommitStage(self.bridge)
         route_weight_updates(self)
-        receive(self.bridge)
+        receive(self.adjust)
 
         self.steps = 0
         self.health = DrafterHealth()
@@ -98,7 +100,7 @@ class TreeWorker(DFlashWorkerV2):
         return result
 
     def init_cuda_graphs(self) -> Any:
-        self.bridge.warm_penalties()
+        self.adjust.warm_penalties()
         with self._drafter_width():
             return super().init_cuda_graphs()
 
@@ -152,7 +154,7 @@ class TreeWorker(DFlashWorkerV2):
         ):
             idle = batch.forward_mode.is_idle()
             if not idle:
-                self.bridge.prepare_prefill(batch, grammar_barrier)
+                self.adjust.prepare_prefill(batch, grammar_barrier)
             result = super().forward_batch_generation(
                 batch,
                 on_publish=on_publish,
@@ -160,7 +162,7 @@ class TreeWorker(DFlashWorkerV2):
                 pp_proxy_tensors=pp_proxy_tensors,
             )
             if not idle:
-                self.bridge.remember_prefill(batch, result)
+                self.adjust.remember_prefill(batch, result)
             return result
         return self._decode(batch, on_publish, grammar_barrier)
 
@@ -174,17 +176,17 @@ class TreeWorker(DFlashWorkerV2):
         candidates = self.draft(step, batch)
         laps.mark()
         tree = self.tree(candidates, step, batch)
-        grammar = self.bridge.start_grammar(batch, tree)
+        grammar = self.adjust.start_grammar(batch, tree)
         laps.mark()
         verified = self.verify(tree, step, batch)
         laps.mark()
-        self.bridge.adjust_logits(batch, verified.logits, step, tree, grammar, grammar_barrier)
+        self.adjust.logits(batch, verified.logits, step, tree, grammar, grammar_barrier)
         accepted, chosen = self.accept(verified, tree, step, batch)
-        self.bridge.logprobs(batch, verified.raw.logits_output, accepted, chosen)
+        self.adjust.logprobs(batch, verified.raw.logits_output, accepted, chosen)
         if on_publish is not None:
             on_publish(accepted.new_lens)
         self.commit(accepted, verified, step)
-        self.bridge.remember(batch, step, accepted)
+        self.adjust.remember(batch, step, accepted)
 
         rows = outcome(tree, accepted)
         attach(verified.raw.logits_output, StepReport(self.steps, step.width.nodes, rows, laps, self))

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang_dflash.drafter import DrafterConfig
 from sglang_dflash.plugin import budget, start
-from sglang_dflash.plugin.drafter import DrafterConfig
 from tests import tiny
 
 SPEC = tiny.TargetSpec()

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from sglang_dflash.step.width import Step
 from sglang_dflash.upstream.bridge import Bridge
 from sglang_dflash.worker.draft import Candidates
-from sglang_dflash.worker.step import Step
 from tests.server import oracle
 
 _run_drafter = Bridge.run_drafter

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from sglang_dflash.step.width import Step
 from sglang_dflash.worker.draft import Candidates
-from sglang_dflash.worker.step import Step
 
 _numbers = itertools.count()
 

@@ -18,7 +18,7 @@ import pytest
 
 from sglang_dflash.cli.main import main
 from sglang_dflash.client.exact import ServerOracle, Tally, Verdict, judge, tally
-from sglang_dflash.plugin.drafter import read_config
+from sglang_dflash.drafter import read_config
 from tests.server.support import ROOT, Client, Request, chat_requests, dflash_args, embedded_args
 
 pytestmark = pytest.mark.server

@@ -8,11 +8,11 @@ import pytest
 import torch
 from dflash_kernels import accept_tree
 
+from sglang_dflash.step.report import FALLBACK, outcome
+from sglang_dflash.step.width import Step, Width
 from sglang_dflash.upstream.drafter_cache import clean_drafter_cache
 from sglang_dflash.worker.draft import Candidates
 from sglang_dflash.worker.health import DrafterHealth
-from sglang_dflash.worker.report import FALLBACK, outcome
-from sglang_dflash.worker.step import Step, Width
 from sglang_dflash.worker.tree import TreeStage
 
 BS, DEPTH, TOP, VOCAB = 4, 5, 3, 50

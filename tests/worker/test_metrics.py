@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import torch
 from prometheus_client import REGISTRY
 
+from sglang_dflash.step.report import FALLBACK, StepReport, StepResult
+from sglang_dflash.step.timing import Laps
 from sglang_dflash.worker.metrics import Metrics
-from sglang_dflash.worker.report import FALLBACK, StepReport, StepResult
-from sglang_dflash.worker.timing import Laps
 
 LABELS = {"model_name": "test", "tp_rank": "0"}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from dflash_kernels import build_tree
 
-from sglang_dflash.worker.accept.penalties import Penalties, apply_penalties, row_penalties
-from sglang_dflash.worker.history import TokenHistory
+from sglang_dflash.step.history import TokenHistory
+from sglang_dflash.step.penalties import Penalties, apply_penalties, row_penalties
 
 VOCAB, DEPTH, NODES = 7, 4, 14
 

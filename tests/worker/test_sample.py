@@ -8,15 +8,15 @@ import pytest
 import torch
 from dflash_kernels import accept_tree, build_tree, draft_topk, race_noise
 
-from sglang_dflash.worker.accept.sample import (
+from sglang_dflash.step.noise import StepNoise
+from sglang_dflash.step.sampling import (
     SamplingParams,
     filter_probs,
     filtered_probs,
-    sample_nodes,
     sample_rows,
 )
+from sglang_dflash.worker.accept.sample import sample_nodes
 from sglang_dflash.worker.draft.couple import POOL, couple, race_for
-from sglang_dflash.worker.noise import StepNoise
 
 VOCAB = 6
 

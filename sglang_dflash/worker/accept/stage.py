@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from dflash_kernels import Accepted, DraftTree, accept_tree
 
-from sglang_dflash.worker.accept.sample import argmax, sample_nodes
-from sglang_dflash.worker.step import Step
+from sglang_dflash.step.sampling import argmax
+from sglang_dflash.step.width import Step
+from sglang_dflash.worker.accept.sample import sample_nodes
 from sglang_dflash.worker.verify import Verified
 
 if TYPE_CHECKING:

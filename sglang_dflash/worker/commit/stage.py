@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from dflash_kernels import Accepted, KVCompactor
 
-from sglang_dflash.worker.step import Step
+from sglang_dflash.step.width import Step
 from sglang_dflash.worker.verify import Verified
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import math
 import torch
 from dflash_kernels import Race
 
-from sglang_dflash.worker.accept.sample import SamplingParams, kept
-from sglang_dflash.worker.noise import StepNoise
+from sglang_dflash.step.noise import StepNoise
+from sglang_dflash.step.sampling import SamplingParams, kept
 
 SHARPNESS = 0.7
 UNCOUPLED = 0.25

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_dflash.step.width import Step
 from sglang_dflash.worker.draft.couple import POOL, couple, race_for
-from sglang_dflash.worker.step import Step
 
 if TYPE_CHECKING:
     from sglang_dflash.upstream.bridge import Bridge

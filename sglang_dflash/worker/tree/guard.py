@@ -27,8 +27,3 @@ def cut(tree: DraftTree, good: torch.Tensor) -> None:
     """Unlink every node of a broken request's tree, in place: acceptance and grammars stop at the root."""
     tree.first_child.masked_fill_(~good[:, None], -1)
     tree.next_sibling.masked_fill_(~good[:, None], -1)
-
-
-def is_cut(tree: DraftTree) -> torch.Tensor:
-    """bool [bs]: the request's root has no child, so this step commits one token."""
-    return tree.first_child[:, 0] < 0

@@ -10,8 +10,8 @@ import torch
 from dflash_kernels import DraftTree, build_tree
 
 from sglang_dflash.errors import UserError
+from sglang_dflash.step.width import Step
 from sglang_dflash.worker.draft import Candidates
-from sglang_dflash.worker.step import Step
 from sglang_dflash.worker.tree.guard import cut, silence, usable
 
 Rewrite = Callable[[Candidates, Step, Any], Candidates]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from dflash_kernels import DraftTree
 
-from sglang_dflash.worker.step import Step
+from sglang_dflash.step.width import Step
 
 if TYPE_CHECKING:
     from sglang_dflash.upstream.bridge import Bridge

@@ -13,10 +13,14 @@ from typing import Any, Protocol
 import torch
 from dflash_kernels import Accepted, DraftTree
 
-from sglang_dflash.worker.timing import Laps
-from sglang_dflash.worker.tree.guard import is_cut
+from sglang_dflash.step.timing import Laps
 
 FALLBACK = -1
+
+
+def is_cut(tree: DraftTree) -> torch.Tensor:
+    """bool [bs]: the request's root has no child, so this step commits one token."""
+    return tree.first_child[:, 0] < 0
 
 
 def outcome(tree: DraftTree, accepted: Accepted) -> torch.Tensor:

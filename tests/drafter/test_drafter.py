@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_dflash import drafter as module
 from sglang_dflash.errors import UserError
-from sglang_dflash.plugin import drafter as module
 from tests import tiny
 
 SPEC = tiny.TargetSpec()

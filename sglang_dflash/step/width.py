@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from sglang_dflash.worker.accept.sample import SamplingParams
-    from sglang_dflash.worker.noise import StepNoise
+from sglang_dflash.step.noise import StepNoise
+from sglang_dflash.step.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Step:
         slots: int64 [bs, width.slots], cache slots of positions prefix .. prefix + slots - 1.
         plan: SGLang's ``KVLocPlan`` over the slots; only the bridge looks inside.
         host_lens: int [bs] on the CPU, an upper bound of prefix_lens that costs no device read.
+        host_exact: host_lens are the prefixes' own; else the reserved lengths, the step's rows included.
         sampling: the requests' sampling parameters, None where the batch carries none.
         noise: the sampling noise by request and depth, None where every request is greedy.
     """
@@ -56,9 +56,15 @@ class Step:
     slots: torch.Tensor
     plan: Any
     host_lens: torch.Tensor
+    host_exact: bool = True
     sampling: SamplingParams | None = None
     noise: StepNoise | None = None
 
     @property
     def batch_size(self) -> int:
         return self.anchor.shape[0]
+
+    def host_bound(self, rows: int) -> tuple[torch.Tensor, int]:
+        """Each request's greatest length with ``rows`` rows of this step, on the host, and their sum."""
+        bound = self.host_lens + rows if self.host_exact else self.host_lens
+        return bound, int(bound.sum())

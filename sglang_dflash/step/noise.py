@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from dflash_kernels import race_noise
 
-if TYPE_CHECKING:
-    from sglang_dflash.worker.accept.sample import SamplingParams
+from sglang_dflash.step.sampling import SamplingParams
 
 
 class StepNoise:
