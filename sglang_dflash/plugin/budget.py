@@ -48,10 +48,10 @@ def default_nodes(*, device: str, dtype: str, block: int) -> int:
     Args:
         device: SGLang's device string.
         dtype: the target's dtype as SGLang names it ("auto", "bfloat16", "float32", ...).
-        block: the drafter's block size B; the budget is never below it, so that the spine fits.
+        block: the drafter's block size B.
     """
     if device.startswith("cuda"):
         return GPU_FACTOR * block
     table = CPU_TABLES.get("float32" if dtype in ("float32", "float") else "bfloat16")
     assert table is not None
-    return max(block, best_nodes(table))
+    return best_nodes(table)

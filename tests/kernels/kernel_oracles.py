@@ -24,7 +24,7 @@ class OracleTree:
         return found
 
 
-def heap_tree(anchor, logprobs, ids, num_nodes, depth_bonus=None, keep_spine=True) -> OracleTree:
+def heap_tree(anchor, logprobs, ids, num_nodes, depth_bonus=None, keep_spine=False) -> OracleTree:
     """Best-first search with a heap. `logprobs` float32 [L, K], `ids` [L, K]."""
     L, K = logprobs.shape
     gain = np.zeros((L, K), dtype=np.float32)

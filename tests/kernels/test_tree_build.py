@@ -89,13 +89,13 @@ def test_large_budget_equals_heap(backend, N):
     anchor, logprobs, ids = candidates(2, 15, 16, seed=torch.seed() % 2**31)
     dev = backend.device
     tree = backend.build_tree(anchor.to(dev), logprobs.to(dev), ids.to(dev), num_nodes=N)
-    assert_equal_to_heap(tree, anchor, logprobs, ids, N, None, True)
+    assert_equal_to_heap(tree, anchor, logprobs, ids, N, None, False)
 
 
-def test_smaller_budget_is_a_prefix(backend):
+def test_with_a_kept_spine_the_smaller_budget_is_a_prefix(backend):
     anchor, logprobs, ids = (t.to(backend.device) for t in candidates(2, 5, 6, seed=torch.seed() % 2**31))
-    big = backend.build_tree(anchor, logprobs, ids, num_nodes=30)
-    small = backend.build_tree(anchor, logprobs, ids, num_nodes=17)
+    big = backend.build_tree(anchor, logprobs, ids, num_nodes=30, keep_spine=True)
+    small = backend.build_tree(anchor, logprobs, ids, num_nodes=17, keep_spine=True)
     assert torch.equal(small.parents, big.parents[:, :17])
     assert torch.equal(small.tokens, big.tokens[:, :17])
 
@@ -105,10 +105,10 @@ def test_spine_has_id_equal_to_depth(backend):
     logprobs = torch.tensor([[-0.7, -0.7], [-5.0, -9.0], [-5.0, -9.0]])[None].to(backend.device)
     ids = torch.arange(6).view(1, 3, 2).to(backend.device)
     anchor = torch.tensor([9], device=backend.device)
-    tree = backend.build_tree(anchor, logprobs, ids, num_nodes=4)
+    tree = backend.build_tree(anchor, logprobs, ids, num_nodes=4, keep_spine=True)
     assert tree.depth[0].tolist() == [0, 1, 2, 3]
     assert tree.tokens[0].tolist() == [9, 0, 2, 4]
-    free = backend.build_tree(anchor, logprobs, ids, num_nodes=4, keep_spine=False)
+    free = backend.build_tree(anchor, logprobs, ids, num_nodes=4)
     assert free.depth[0].tolist() == [0, 1, 2, 1]
     assert free.parents[0].tolist() == [-1, 0, 1, 0]
 

@@ -28,10 +28,10 @@ def table(P=40, L=5, V=30, seed=0, skew=2.0) -> Table:
 
 
 def best_prefixes(t: Table, i: int, nodes: int) -> set[tuple[int, ...]]:
-    """The ``nodes - 1`` most probable prefixes of anchor i, by brute force; the spine always in."""
+    """The ``nodes - 1`` most probable prefixes of anchor i, by brute force."""
     L = t.labels.shape[1]
-    spine = {tuple(t.ids[i, :d, 0].tolist()) for d in range(1, L + 1)} if nodes > L else set()
-    frontier, kept = [((), 0.0)], set(spine)
+    frontier: list = [((), 0.0)]
+    kept: set = set()
     while len(kept) < nodes - 1:
         grown = []
         for prefix, score in frontier:
@@ -61,9 +61,9 @@ def test_tree_accepts_what_the_best_prefixes_hold():
             assert int(got[i]) == want
 
 
-def test_tree_never_below_chain():
+def test_trees_hold_more_than_the_chain():
     t = table(seed=3)
-    assert (tree_accepts(t, 16) >= chain_accepts(t)).all()
+    assert tree_accepts(t, 16).sum() > chain_accepts(t).sum()
     assert (tree_accepts(t, 64) >= tree_accepts(t, 16)).all()
     assert (tree_accepts(t, 64) > chain_accepts(t)).any()
 

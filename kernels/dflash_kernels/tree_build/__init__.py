@@ -17,7 +17,7 @@ def build_tree(
     *,
     num_nodes: int,
     depth_bonus: torch.Tensor | None = None,
-    keep_spine: bool = True,
+    keep_spine: bool = False,
     out: DraftTree | None = None,
 ) -> DraftTree:
     """Selects the most probable prefixes of a factorised draft block.
@@ -28,8 +28,8 @@ def build_tree(
 
     Order and ties: score descending, then depth ascending, then the parent's place in this same order among
     the nodes of its depth, then the rank ascending. Scores are float32 sums taken from the root down, so
-    every implementation gives the same tree bit for bit. Ids: selected top-1 chain first (id = depth), then
-    the rest in the order above, so with a kept spine the first n nodes are the tree of budget n.
+    every implementation gives the same tree bit for bit. Ids: the selected part of the top-1 chain (spine) first
+    (id = depth), then the rest in the order above; with a kept spine the first n nodes are the tree of budget n.
 
     NaN counts as -inf; a candidate of rank k counts as at most as likely as rank k - 1 (so everything
     behind a NaN is dropped); candidates of probability zero are never selected, save as part of a kept
@@ -41,7 +41,7 @@ def build_tree(
         topk_ids: int64 [bs, L, K], distinct valid token ids within a position.
         num_nodes: N, 1..128, the root included.
         depth_bonus: float32 [L] added to the log-probabilities of each position, or None.
-        keep_spine: force the whole top-1 chain in when N >= L + 1.
+        keep_spine: force the whole top-1 chain in when N >= L + 1, whatever its score.
         out: buffers to fill (static addresses); new ones if None.
 
     Returns:

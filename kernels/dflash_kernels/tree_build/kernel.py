@@ -185,7 +185,7 @@ def build_tree_triton(
     *,
     num_nodes: int,
     depth_bonus: torch.Tensor | None = None,
-    keep_spine: bool = True,
+    keep_spine: bool = False,
     out: DraftTree | None = None,
 ) -> DraftTree:
     """Same contract as `dflash_kernels.build_tree`; L and K at most 255."""

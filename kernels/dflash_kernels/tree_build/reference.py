@@ -42,7 +42,7 @@ def build_tree_torch(
     *,
     num_nodes: int,
     depth_bonus: torch.Tensor | None = None,
-    keep_spine: bool = True,
+    keep_spine: bool = False,
     out: DraftTree | None = None,
 ) -> DraftTree:
     """Same contract as `dflash_kernels.build_tree`."""

@@ -34,10 +34,10 @@ def load_rewrite(name: str) -> Rewrite | None:
 
 
 class TreeStage:
-    """Turns candidates into a tree of N nodes with the top-1 chain (spine) at ids 0..B-1.
+    """Turns candidates into the N most probable prefixes, as a tree.
 
-    The drafter predicts positions independently, so a product of marginals undervalues the deep
-    top-1 path: with N >= B the whole spine is always in.
+    What of the top-1 chain (spine) is in the tree comes first, at ids that are its depths. Nothing
+    forces it in: where the drafter undervalues deep paths, a fitted depth bonus says so.
 
     Args:
         depth_bonus: fitted log-bonus per depth (L floats) or None, see docs/training.md.
