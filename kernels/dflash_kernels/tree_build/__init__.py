@@ -28,7 +28,7 @@ def build_tree(
 
     Order and ties: score descending, then depth ascending, then the parent's place in this same order among
     the nodes of its depth, then the rank ascending. Scores are float32 sums taken from the root down, so
-    every implementation gives the same tree bit for bit. Ids: what is selected of the top-1 chain (spine) first
+    every implementation gives the same tree bit for bit. Ids: what is in of the top-1 chain (spine) first
     (id = depth), then the rest in the order above; with a kept spine, the first n nodes are budget n's tree.
 
     NaN counts as -inf; a candidate of rank k counts as at most as likely as rank k - 1 (so everything
