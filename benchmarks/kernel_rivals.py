@@ -89,7 +89,7 @@ def ours(p: Problem) -> Call:
     out = torch.empty_like(p.q)
     workspace = None
     if p.device == "cuda":
-        workspace = TreeAttentionWorkspace(p.bs, p.nodes, p.heads.q, p.heads.kv, p.heads.dim, p.device)
+        workspace = TreeAttentionWorkspace(p.bs, (p.nodes,), p.heads.q, p.heads.kv, p.heads.dim, p.device)
     return lambda: tree_attention(
         p.q, p.k_new, p.v_new, p.k_cache, p.v_cache, p.kv_indptr, p.kv_indices,
         ancestors=p.tree.ancestors, depth=p.tree.depth, sm_scale=p.sm_scale, out=out, workspace=workspace,

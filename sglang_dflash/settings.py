@@ -36,6 +36,11 @@ class Settings(BaseSettings):
     top_k: int = Field(
         16, ge=1, le=MAX_CANDIDATES, description="candidate tokens per draft position the tree may use"
     )
+    width: str = Field(
+        "auto",
+        description="auto: a step's width follows load and confidence; fixed: always the greatest; "
+        "NODESxBLOCK such as 8x6: always that one; random:SEED: another one every step, for tests",
+    )
     calibrate: bool = Field(
         True, description="add the drafter's fitted per-depth log-bonus (dflash_config.tree_depth_bonus)"
     )

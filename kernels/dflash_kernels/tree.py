@@ -50,6 +50,20 @@ class DraftTree:
             ancestors=i32(bs, num_nodes, num_words(num_nodes)),
         )
 
+    @classmethod
+    def roots(cls, anchor: torch.Tensor) -> DraftTree:
+        """Trees without a draft: each request's last token, int64 [bs], and nothing below it."""
+        bs, device = anchor.shape[0], anchor.device
+        none = torch.full((bs, 1), -1, dtype=torch.int32, device=device)
+        return cls(
+            tokens=anchor.long()[:, None],
+            parents=none,
+            depth=torch.zeros((bs, 1), dtype=torch.int32, device=device),
+            first_child=none,
+            next_sibling=none,
+            ancestors=torch.ones((bs, 1, 1), dtype=torch.int32, device=device),
+        )
+
     @property
     def num_nodes(self) -> int:
         return self.tokens.shape[1]

@@ -15,6 +15,7 @@ from sglang_dflash import __version__
 from sglang_dflash.drafter import block_size_of
 from sglang_dflash.errors import UserError
 from sglang_dflash.settings import get_settings
+from sglang_dflash.step.width import Width
 
 logger = logging.getLogger("sglang_dflash")
 
@@ -28,6 +29,7 @@ SERVER_INFO = (
     "sglang.srt.managers.scheduler_components.internal_state."
     "SchedulerInternalStateController._add_speculative"
 )
+CHECK_DECODE_MEM = "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem"
 SCHEDULER_TRACEBACK = "sglang.srt.managers.scheduler.get_exception_traceback"
 
 PUBLISH = "sglang.srt.runtime_context.publish"
@@ -48,6 +50,7 @@ def create_worker(original: Callable, self: Any, server_args: Any) -> Any:
         {
             SERVER_INFO: (server_info, HookType.AFTER),
             SCHEDULER_TRACEBACK: (scheduler_traceback, HookType.AROUND),
+            CHECK_DECODE_MEM: (check_decode_mem, HookType.AROUND),
         }
     )
     verify_installed()
@@ -111,14 +114,38 @@ def _tree_spec() -> Any | None:
     return spec
 
 
-def decode_reserve(num_nodes: int, block: int) -> int:
-    """KV slots a request holds past its committed length, in tokens.
+def greatest_reserve(spec: Any) -> int:
+    """KV slots a request may hold past its committed length, in tokens, whatever the widths.
 
-    A step writes max(N, B) slots from the device's length on; the host's committed length lags
-    by up to the N tokens (in practice B) of the step in flight. SGLang reserves 2N, which for
-    N < B leaves the draft block writing slots of nobody or of another request.
+    A step writes max(N, B) slots from the device's length on; the host's committed length lags by the
+    min(N, B) tokens that the step in flight can commit. SGLang reserves 2N, which for N < B leaves
+    the draft block writing slots of nobody or of another request.
     """
-    return num_nodes + max(num_nodes, block)
+    widest = Width(int(spec.speculative_num_draft_tokens), block_size_of(spec))
+    return widest.most + widest.slots
+
+
+def round_reserve(spec: Any) -> int:
+    """The reserve of the scheduling round's step, whose width is chosen (``worker/width``)."""
+    from sglang_dflash.worker.width import serving
+
+    stage = serving()
+    return greatest_reserve(spec) if stage is None else stage.reserve()
+
+
+def check_decode_mem(original: Callable, self: Any, selected_indices: list[int] | None = None) -> bool:
+    """AROUND ``ScheduleBatch.check_decode_mem``: a round begins with its width, which memory can narrow.
+
+    With ``selected_indices`` SGLang asks again while it retracts requests.
+    """
+    from sglang_dflash.upstream.requests import sampled_share
+    from sglang_dflash.worker.width import serving
+
+    stage = serving()
+    if stage is None or selected_indices is not None:
+        return original(self, selected_indices)
+    stage.begin(len(self.reqs), sampled_share(self))
+    return original(self) or (stage.narrow() and original(self))
 
 
 def row_headroom(original: Callable) -> int:
@@ -132,8 +159,7 @@ def row_headroom(original: Callable) -> int:
         return extra
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_page_size
 
-    reserve = decode_reserve(int(spec.speculative_num_draft_tokens), block_size_of(spec))
-    return max(extra, 4 + reserve + get_alloc_page_size() - 1)
+    return max(extra, 4 + greatest_reserve(spec) + get_alloc_page_size() - 1)
 
 
 def decode_reserve_per_request(original: Callable) -> int:
@@ -141,14 +167,14 @@ def decode_reserve_per_request(original: Callable) -> int:
     spec = _tree_spec()
     if spec is None:
         return original()
-    return max(original(), decode_reserve(int(spec.speculative_num_draft_tokens), block_size_of(spec)))
+    return round_reserve(spec)
 
 
 def alloc_lens(original: Callable, reqs: Any, *, reserve: int, page_size: int) -> Any:
-    """AROUND ``page_aligned_decode_alloc_lens``: the reserve of one decode step (see decode_reserve)."""
+    """AROUND ``page_aligned_decode_alloc_lens``: the reserve of one decode step."""
     spec = _tree_spec()
     if spec is not None:
-        reserve = max(reserve, decode_reserve(int(spec.speculative_num_draft_tokens), block_size_of(spec)))
+        reserve = round_reserve(spec)
     return original(reqs, reserve=reserve, page_size=page_size)
 
 

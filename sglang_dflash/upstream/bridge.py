@@ -22,6 +22,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import is_dense_head_weight
 from sglang.srt.speculative.dflash_worker_v2 import _resolve_dflash_embedding_module
+from sglang.srt.speculative.draft_worker_common import make_draft_block_spec_info
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 from sglang.srt.speculative.spec_utils import draft_tp_context
@@ -42,11 +43,9 @@ class TreeVerifyInput(DFlashVerifyInput):
 
     Attributes:
         tree_mask: bool [bs, N, N], row may see column (ancestor or self), for the CPU backend.
-        tree_ancestors: int32 [bs, N, ceil(N / 32)], the same bit-packed, for the Triton kernel.
     """
 
     tree_mask: torch.Tensor | None = None
-    tree_ancestors: torch.Tensor | None = None
 
 
 def refuse_unserved(target_worker: Any) -> None:
@@ -82,6 +81,7 @@ class Bridge:
             processor.defer_verify_gather = False
         _keep_drafter_dtype(self.drafter)
         self.tree_buffers: TreeBuffers | None = None
+        self._block_infos: dict[int, DFlashVerifyInput] = {}
 
     # -- set-up -----------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Bridge:
     def open_step(self, batch: Any, width: Width) -> Step:
         """Gather the step's slots from ``req_to_token`` and plan its KV writes.
 
-        The scheduler has reserved the slots (``hooks.decode_reserve``).
+        The scheduler has reserved the slots (``hooks.round_reserve``).
         """
         draft_input = batch.spec_info
         prefix_lens = batch.seq_lens
@@ -189,6 +189,14 @@ class Bridge:
             )
         return rows * worker._noise_embed_scale if worker._noise_embed_scale != 1.0 else rows
 
+    def _block_info(self, block: int) -> DFlashVerifyInput:
+        """What tells the attention backend that the drafter's requests have ``block`` rows each."""
+        info = self._block_infos.get(block)
+        if info is None:
+            info = make_draft_block_spec_info(draft_token_num=block, device=self.device)
+            self._block_infos[block] = info
+        return info
+
     def run_drafter(self, batch: Any, step: Step, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """One drafter pass over the block; hidden states [bs, B, H] after its last norm."""
         bs, block = ids.shape
@@ -206,7 +214,7 @@ class Bridge:
             positions=positions.reshape(-1),
             input_embeds=embeds.view(bs * block, -1),
             spec_algorithm=SpeculativeAlgorithm.DFLASH,
-            spec_info=self.worker._draft_block_spec_info,
+            spec_info=self._block_info(block),
             capture_hidden_mode=CaptureHiddenMode.NULL,
             num_token_non_padded=(
                 torch.full((), bs * block, dtype=torch.int32, device=ids.device)
@@ -264,6 +272,12 @@ class Bridge:
         values, ids, _ = merge_topk(gather(values), gather(ids), gather(log_z))
         return values, ids
 
+    def _mask(self, tree: DraftTree) -> torch.Tensor | None:
+        """For the CPU backend; a root alone is a causal row and needs none."""
+        if self.tree_buffers is not None or tree.num_nodes == 1:
+            return None
+        return ancestor_mask(tree.ancestors, tree.num_nodes)
+
     def run_target(self, batch: Any, step: Step, tree: DraftTree, positions: torch.Tensor) -> Any:
         """One target pass over the tree's nodes; SGLang's forward output."""
         nodes = step.width.nodes
@@ -274,8 +288,7 @@ class Bridge:
             capture_hidden_mode=CaptureHiddenMode.FULL,
             kv_loc_plan=step.plan,
             kv_loc_cols=slice(0, nodes),
-            tree_mask=ancestor_mask(tree.ancestors, nodes) if self.tree_buffers is None else None,
-            tree_ancestors=tree.ancestors,
+            tree_mask=self._mask(tree),
         )
         if self.tree_buffers is not None:
             self.tree_buffers.write(tree)

@@ -74,6 +74,8 @@ SERVER_INFO = (
     "SchedulerInternalStateController._add_speculative"
 )
 WORKER: dict[str, tuple[str, ...]] = {
+    # The round's check of memory, where its width is chosen (worker/width).
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem": ("self", "selected_indices"),
     SERVER_INFO: ("self", "state"),
     "sglang.srt.managers.scheduler.get_exception_traceback": (),
     "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.__init__": (
@@ -121,6 +123,7 @@ WORKER: dict[str, tuple[str, ...]] = {
         "draft_model",
         "target_model",
     ),
+    "sglang.srt.speculative.draft_worker_common.make_draft_block_spec_info": ("draft_token_num", "device"),
     "sglang.srt.speculative.dflash_info.DFlashVerifyInput.__init__": (
         "self",
         "draft_token",

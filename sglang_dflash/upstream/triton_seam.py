@@ -8,6 +8,7 @@ verify attention. Our function always answers True: upstream's fallback would be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,15 +20,8 @@ from sglang_dflash.step.width import Width
 from sglang_dflash.upstream.contract import check_triton
 
 
-class TreeBuffers:
-    """The current step's tree at addresses that captured graphs read.
-
-    Args:
-        max_bs: rows.
-        nodes: N.
-
-    Rows without a request see only themselves, so a padded graph never reads a stale tree.
-    """
+class _Tier:
+    """A tree of ``nodes`` nodes per request, at addresses that captured graphs read."""
 
     def __init__(self, max_bs: int, nodes: int, device: torch.device | str) -> None:
         self.ancestors = torch.empty((max_bs, nodes, num_words(nodes)), dtype=torch.int32, device=device)
@@ -36,13 +30,38 @@ class TreeBuffers:
         self.ancestors.copy_(self._alone.expand_as(self.ancestors))
 
     def write(self, tree: DraftTree) -> None:
-        """Take the step's tree; on the stream that launches the target pass, before it."""
         bs = tree.tokens.shape[0]
-        if bs > self.ancestors.shape[0]:
-            raise ValueError(f"{bs} requests in a step, buffers hold {self.ancestors.shape[0]}")
         self.ancestors[:bs].copy_(tree.ancestors)
         self.ancestors[bs:].copy_(self._alone.expand_as(self.ancestors[bs:]))
         self.depth[:bs].copy_(tree.depth)
+
+
+class TreeBuffers:
+    """The current step's tree at addresses that captured graphs read, by its number of nodes.
+
+    Args:
+        max_bs: rows.
+
+    Rows without a request see only themselves, so a padded graph never reads a stale tree.
+    """
+
+    def __init__(self, max_bs: int, device: torch.device | str) -> None:
+        self._max_bs, self._device = max_bs, device
+        self._tiers: dict[int, _Tier] = {}
+
+    def of(self, nodes: int) -> _Tier:
+        """The buffers of trees of ``nodes`` nodes; the same at every call."""
+        tier = self._tiers.get(nodes)
+        if tier is None:
+            tier = self._tiers[nodes] = _Tier(self._max_bs, nodes, self._device)
+        return tier
+
+    def write(self, tree: DraftTree) -> None:
+        """Take the step's tree; on the stream that launches the target pass, before it."""
+        bs, nodes = tree.tokens.shape
+        if bs > self._max_bs:
+            raise ValueError(f"{bs} requests in a step, buffers hold {self._max_bs}")
+        self.of(nodes).write(tree)
 
 
 def _self_words(nodes: int, device: torch.device | str) -> torch.Tensor:
@@ -59,15 +78,13 @@ class VerifyAttention:
     Args:
         buffers: the tree of the step, or None for the drafter's block (all rows see each other
             where the layer is bidirectional, a chain where it is causal).
-        rows: rows per request (N for the target, B for the drafter).
         workspace: shared by all layers of the model.
+
+    How many rows a request has (N for the target, B for the drafter) follows the step's width.
     """
 
-    def __init__(
-        self, buffers: TreeBuffers | None, rows: int, workspace: TreeAttentionWorkspace | None
-    ) -> None:
+    def __init__(self, buffers: TreeBuffers | None, workspace: TreeAttentionWorkspace | None) -> None:
         self.buffers = buffers
-        self.rows = rows
         self.workspace = workspace
 
     def __call__(
@@ -96,13 +113,13 @@ class VerifyAttention:
         xai_temperature_len: float = -1,
         max_bs: int = 0,
     ) -> bool:
-        del qo_indptr, custom_mask, mask_indptr, max_extend_len, window_kv_offsets, max_bs
+        del custom_mask, mask_indptr, max_extend_len, window_kv_offsets, max_bs
         if xai_temperature_len > 0:
             raise UserError(
                 "draft trees do not serve Grok's temperature scaling; set SGLANG_DFLASH_MODE=chain"
             )
-        bs = q.shape[0] // self.rows
-        tree = self.buffers if causal else None
+        bs = qo_indptr.shape[0] - 1
+        tree = self.buffers.of(q.shape[0] // bs) if causal and self.buffers is not None else None
         tree_attention(
             q,
             k,
@@ -140,7 +157,7 @@ def _backend_with_seam(runner: Any) -> Any:
     return backend
 
 
-def _put(runner: Any, buffers: TreeBuffers | None, rows: int, max_bs: int) -> None:
+def _put(runner: Any, buffers: TreeBuffers | None, rows: Sequence[int], max_bs: int) -> None:
     backend = _backend_with_seam(runner)
     config = runner.model_config
     heads, kv_heads = backend.num_head, backend.num_kv_head
@@ -153,7 +170,7 @@ def _put(runner: Any, buffers: TreeBuffers | None, rows: int, max_bs: int) -> No
     )
     backend.use_verify_shared_kv = False
     backend.use_verify_splitkv = True
-    backend.verify_splitkv_fwd = torch.compiler.disable(VerifyAttention(buffers, rows, workspace))
+    backend.verify_splitkv_fwd = torch.compiler.disable(VerifyAttention(buffers, workspace))
 
 
 def install(target: Any, drafter: Any, width: Width) -> TreeBuffers:
@@ -171,7 +188,7 @@ def install(target: Any, drafter: Any, width: Width) -> TreeBuffers:
     """
     check_triton()
     max_bs = int(target.req_to_token_pool.size)
-    buffers = TreeBuffers(max_bs, width.nodes, target.device)
-    _put(target, buffers, width.nodes, max_bs)
-    _put(drafter, None, width.block, max_bs)
+    buffers = TreeBuffers(max_bs, target.device)
+    _put(target, buffers, range(1, width.nodes + 1), max_bs)
+    _put(drafter, None, range(1, width.block + 1), max_bs)
     return buffers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from dflash_kernels import Accepted
+from dflash_kernels import Accepted, DraftTree
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
@@ -31,6 +31,7 @@ from sglang_dflash.worker.metrics import Metrics
 from sglang_dflash.worker.tree import TreeStage
 from sglang_dflash.worker.tree.stage import load_rewrite
 from sglang_dflash.worker.verify import VerifyStage
+from sglang_dflash.worker.width import WidthStage, make_policy, serve
 
 logger = logging.getLogger("sglang_dflash")
 
@@ -70,6 +71,8 @@ class TreeWorker(DFlashWorkerV2):
         route_weight_updates(self)
         receive(self.adjust)
 
+        self.width = WidthStage(make_policy(settings.width, self.max_width), self.max_width)
+        serve(self.width)
         self.steps = 0
         self.health = DrafterHealth()
         labels = metric_labels()
@@ -135,10 +138,6 @@ class TreeWorker(DFlashWorkerV2):
 
     # -- the step ---------------------------------------------------------------
 
-    def step_width(self, batch: Any) -> Width:
-        """The width of this step; a later policy may choose below the maximum."""
-        return self.max_width
-
     def forward_batch_generation(
         self,
         batch: Any,
@@ -167,15 +166,14 @@ class TreeWorker(DFlashWorkerV2):
         return self._decode(batch, on_publish, grammar_barrier)
 
     def _decode(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> GenerationBatchResult:
-        step = self.bridge.open_step(batch, self.step_width(batch))
+        step = self.bridge.open_step(batch, self.width.launch())
+        self.width.note_length(step.mean_length())
         if self.health.must_clean(self.steps):
             clean_drafter_cache(self.draft_model_runner)
         laps = Laps(self.device, enabled=self.metrics is not None)
 
         laps.mark()
-        candidates = self.draft(step, batch)
-        laps.mark()
-        tree = self.tree(candidates, step, batch)
+        tree = self._draft(step, batch, laps)
         grammar = self.adjust.start_grammar(batch, tree)
         laps.mark()
         verified = self.verify(tree, step, batch)
@@ -192,6 +190,14 @@ class TreeWorker(DFlashWorkerV2):
         attach(verified.raw.logits_output, StepReport(self.steps, step.width.nodes, rows, laps, self))
         self.steps += 1
         return self._result(verified.raw, accepted, step)
+
+    def _draft(self, step: Step, batch: Any, laps: Laps) -> DraftTree:
+        if step.width.plain:
+            laps.mark()
+            return DraftTree.roots(step.anchor)
+        candidates = self.draft(step, batch)
+        laps.mark()
+        return self.tree(candidates, step, batch)
 
     def observe(self, result: StepResult) -> None:
         """A step's outcome, once SGLang has it on the host; called by the scheduler, outside the step."""

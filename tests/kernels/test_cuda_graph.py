@@ -46,7 +46,7 @@ class Step:
         self.tree = DraftTree.empty(BS, N, "cuda")
         self.accepted = Accepted.empty(BS, L, "cuda")
         self.out = torch.zeros_like(self.q)
-        self.workspace = TreeAttentionWorkspace(BS, N, HQ, HKV, D, "cuda")
+        self.workspace = TreeAttentionWorkspace(BS, (N,), HQ, HKV, D, "cuda")
         self.compact = KVCompactor([self.k_cache, self.v_cache])
 
     def draw(self, lens: list[int]) -> None:

@@ -91,11 +91,11 @@ def test_random_trees(N, page, prefix_lens, heads, kv_heads, window):
         custom_mask=None,
         capture_hidden_mode=CaptureHiddenMode.FULL,
     )
-    buffers = TreeBuffers(bs, N, DEVICE)
+    buffers = TreeBuffers(bs, DEVICE)
     buffers.write(to_device(tree, DEVICE))
     fixture.backend.use_verify_shared_kv = False
     fixture.backend.use_verify_splitkv = True
-    fixture.backend.verify_splitkv_fwd = VerifyAttention(buffers, N, None)
+    fixture.backend.verify_splitkv_fwd = VerifyAttention(buffers, None)
 
     inputs = dense_fixture_inputs(fixture)
     expected = dense_attention_reference_with_custom_mask(

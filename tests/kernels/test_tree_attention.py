@@ -225,11 +225,11 @@ def test_workspace_is_reused_and_may_be_dirty(backend):
     from dflash_kernels import TreeAttentionWorkspace
 
     inputs = Inputs(Case([150, 20], N=5, Hkv=1), backend.device)
-    workspace = TreeAttentionWorkspace(4, 5, 2, 1, 16, backend.device)
+    workspace = TreeAttentionWorkspace(4, (5,), 2, 1, 16, backend.device)
     for buffer in (workspace.lse, workspace.out):
         buffer.fill_(float("nan"))
     inputs.check(backend, workspace=workspace)
-    small = TreeAttentionWorkspace(1, 1, 1, 1, 16, backend.device)
+    small = TreeAttentionWorkspace(1, (1,), 1, 1, 16, backend.device)
     small.lse, small.out = small.lse[:1], small.out[:1]
     with pytest.raises(ValueError, match="largest batch"):
         inputs.check(backend, workspace=small)

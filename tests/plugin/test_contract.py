@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from sglang_dflash.errors import UserError
@@ -30,7 +32,7 @@ def test_triton_seam_holds() -> None:
 
 
 def test_every_hooked_function_is_under_contract() -> None:
-    hooked = {*hooks._table(), hooks.SERVER_INFO, hooks.SCHEDULER_TRACEBACK}
+    hooked = {*hooks._table(), hooks.SERVER_INFO, hooks.SCHEDULER_TRACEBACK, hooks.CHECK_DECODE_MEM}
     assert hooked <= set(contract.LIGHT) | set(contract.WORKER)
     assert set(hooks._sampler_table()) <= set(contract.SAMPLER)
     assert set(hooks._front_end_table()) <= set(contract.FRONT_END)
@@ -52,8 +54,8 @@ def test_a_lost_parameter_and_a_lost_name_are_named() -> None:
 def test_reserve_covers_both_widths() -> None:
     # The host's length lags by the step in flight; each step writes max(N, B) slots.
     for nodes in (2, 4, 8, 16, 64):
-        assert hooks.decode_reserve(nodes, 8) == nodes + max(nodes, 8)
-        assert hooks.decode_reserve(nodes, 8) >= 2 * nodes
+        spec = SimpleNamespace(speculative_num_draft_tokens=nodes, speculative_dflash_block_size=8)
+        assert hooks.greatest_reserve(spec) == min(nodes, 8) + max(nodes, 8)
 
 
 def test_our_own_refusals_are_no_traceback() -> None:

@@ -16,7 +16,7 @@ from sglang_dflash.client.server import Server
 from sglang_dflash.models.fetch import fetch
 from sglang_dflash.models.registry import SMOLLM2
 from tests import tiny
-from tests.server.support import ROOT, Client, Pair, Serving, dflash_args, tiny_args
+from tests.server.support import PINNED, ROOT, Client, Pair, Serving, dflash_args, tiny_args
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,8 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Serving:
     @contextmanager
     def serve(name: str, args: list[str], **env: str | None) -> Iterator[Client]:
         port = free_port()
-        with Server(args, port=port, log=logs / f"{port}-{name}.log", env=quick | env) as server:
+        width = {"SGLANG_DFLASH_WIDTH": PINNED}
+        with Server(args, port=port, log=logs / f"{port}-{name}.log", env=quick | width | env) as server:
             yield Client(server)
 
     return serve

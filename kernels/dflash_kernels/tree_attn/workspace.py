@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dflash_kernels.tree_attn.configs import architecture, plan_splits, tile_config
@@ -12,28 +14,30 @@ class TreeAttentionWorkspace:
 
     Args:
         max_bs: largest batch.
-        num_nodes, num_q_heads, num_kv_heads, head_dim: N, Hq, Hkv and max(Dk, Dv) of this rank.
+        num_nodes: every N that a step may have.
+        num_q_heads, num_kv_heads, head_dim: Hq, Hkv and max(Dk, Dv) of this rank.
 
-    The buffers are sized for the worst batch size up to `max_bs`, since smaller batches take more splits.
+    The buffers are sized for the worst N and batch size up to `max_bs`, since smaller ones take more splits.
     """
 
     def __init__(
         self,
         max_bs: int,
-        num_nodes: int,
+        num_nodes: Sequence[int],
         num_q_heads: int,
         num_kv_heads: int,
         head_dim: int,
         device: torch.device | str,
     ) -> None:
         device = torch.device(device)
-        rows = num_nodes * (num_q_heads // num_kv_heads)
-        config = tile_config(architecture(device), head_dim, rows)
         cells = 0
-        for bs in range(1, max_bs + 1):
-            splits = plan_splits(bs, num_kv_heads, rows, config, device)
-            if splits > 1:
-                cells = max(cells, bs * num_kv_heads * splits * rows)
+        for nodes in num_nodes:
+            rows = nodes * (num_q_heads // num_kv_heads)
+            config = tile_config(architecture(device), head_dim, rows)
+            for bs in range(1, max_bs + 1):
+                splits = plan_splits(bs, num_kv_heads, rows, config, device)
+                if splits > 1:
+                    cells = max(cells, bs * num_kv_heads * splits * rows)
         self.lse = torch.empty(cells, dtype=torch.float32, device=device)
         self.out = torch.empty(cells * head_dim, dtype=torch.float32, device=device)
 

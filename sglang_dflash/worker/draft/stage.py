@@ -29,7 +29,7 @@ class Candidates:
 
 
 class DraftStage:
-    """Owns the block's ids and positions.
+    """Owns the block's ids.
 
     Args:
         bridge: the way to SGLang's drafter and the target's head.
@@ -41,15 +41,15 @@ class DraftStage:
         self.bridge = bridge
         self.mask_token_id = mask_token_id
         self.top_k = top_k
-        self._ids = torch.empty((0, 0), dtype=torch.int64)
-        self._positions = torch.empty((0, 0), dtype=torch.int64)
+        self._ids: dict[int, torch.Tensor] = {}  # by block, [rows, B], the mask everywhere but in slot 0
 
-    def _buffers(self, bs: int, block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._ids.shape[0] < bs or self._ids.shape[1] != block:
-            rows = max(bs, 2 * self._ids.shape[0], 16)
-            self._ids = torch.empty((rows, block), dtype=torch.int64, device=device)
-            self._positions = torch.empty((rows, block), dtype=torch.int64, device=device)
-        return self._ids[:bs], self._positions[:bs]
+    def _block(self, bs: int, block: int, device: torch.device) -> torch.Tensor:
+        ids = self._ids.get(block)
+        if ids is None or ids.shape[0] < bs:
+            rows = max(bs, 0 if ids is None else 2 * ids.shape[0], 16)
+            ids = torch.full((rows, block), self.mask_token_id, dtype=torch.int64, device=device)
+            self._ids[block] = ids
+        return ids[:bs]
 
     def __call__(self, step: Step, batch: object) -> Candidates:
         """Run the drafter once.
@@ -59,11 +59,10 @@ class DraftStage:
         """
         bs, block = step.batch_size, step.width.block
         device = step.anchor.device
-        ids, positions = self._buffers(bs, block, device)
-        ids.fill_(self.mask_token_id)
+        ids = self._block(bs, block, device)
         # Slot 0 is the clean anchor; with the mask there too, accept length collapses.
         ids[:, 0].copy_(step.anchor)
-        torch.add(step.prefix_lens[:, None], torch.arange(block, device=device), out=positions)
+        positions = step.prefix_lens[:, None] + torch.arange(block, device=device)
         hidden = self.bridge.run_drafter(batch, step, ids, positions)
         logprobs, token_ids = self._candidates(step, hidden[:, 1:].reshape(bs * step.width.depth, -1))
         shape = (bs, step.width.depth, self.top_k)

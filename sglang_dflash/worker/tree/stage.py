@@ -66,7 +66,7 @@ class TreeStage:
             candidates.logprobs,
             candidates.ids,
             num_nodes=step.width.nodes,
-            depth_bonus=self.depth_bonus,
+            depth_bonus=None if self.depth_bonus is None else self.depth_bonus[: step.width.depth],
         )
         cut(tree, good)
         return tree

@@ -1,0 +1,104 @@
+"""One width per round: memory check, allocation and step read the same value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from sglang_dflash.step.width import PLAIN, Width
+from sglang_dflash.worker.width import WidthStage, make_policy, serve, serving
+
+WIDEST = Width(8, 6)
+
+
+class Script:
+    def __init__(self, *widths: Width) -> None:
+        self.widths: Iterator[Width] = iter(widths)
+        self.loads: list[tuple[int, float, float]] = []
+
+    def choose(self, requests: int, length: float, sampled_share: float) -> Width:
+        self.loads.append((requests, length, sampled_share))
+        return next(self.widths)
+
+
+def test_the_reserve_holds_the_step_in_flight_and_this_one() -> None:
+    stage = WidthStage(Script(Width(8, 6), Width(2, 6), PLAIN, Width(16, 4)), WIDEST)
+    reserves = []
+    for _ in range(4):
+        stage.begin(3, 0.0)
+        reserves.append(stage.reserve())
+        stage.launch()
+    # What the step before can commit, min(N, B), and the slots of this one, max(N, B).
+    assert reserves == [6 + 8, 6 + 6, 2 + 1, 1 + 16]
+
+
+def test_a_round_that_launches_nothing_leaves_the_step_in_flight() -> None:
+    stage = WidthStage(Script(Width(8, 6), PLAIN, Width(2, 2)), WIDEST)
+    stage.begin(1, 0.0)
+    stage.launch()
+    stage.begin(1, 0.0)
+    stage.begin(1, 0.0)
+    assert stage.reserve() == 6 + 2
+
+
+def test_short_memory_narrows_to_a_plain_step_once() -> None:
+    stage = WidthStage(Script(Width(8, 6)), WIDEST)
+    stage.begin(1, 0.0)
+    assert stage.narrow()
+    assert stage.launch() == PLAIN
+    assert not stage.narrow()
+
+
+def test_the_choice_knows_the_load() -> None:
+    policy = Script(PLAIN, PLAIN)
+    stage = WidthStage(policy, WIDEST)
+    stage.begin(2, 0.5)
+    stage.launch()
+    stage.note_length(120.5)
+    stage.begin(4, 0.0)
+    assert policy.loads == [(2, 0.0, 0.5), (4, 120.5, 0.0)]
+
+
+def test_random_widths_repeat_by_seed_and_cover_all() -> None:
+    drawn = [make_policy("random:3", Width(4, 3)) for _ in range(2)]
+    one, two = ([policy.choose(1, 0.0, 0.0) for _ in range(200)] for policy in drawn)
+    assert one == two
+    assert set(one) == {PLAIN} | {Width(n, b) for n in (2, 3, 4) for b in (2, 3)}
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    before = serving()
+    yield
+    serve(before)
+
+
+def test_memory_hooks_read_the_serving_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from sglang_dflash.plugin import hooks
+
+    spec = SimpleNamespace(speculative_num_draft_tokens=8, speculative_dflash_block_size=6)
+    monkeypatch.setattr(hooks, "_tree_spec", lambda: spec)
+    serve(None)
+    assert hooks.decode_reserve_per_request(lambda: 99) == 14  # before there is a worker: the greatest
+    stage = WidthStage(Script(PLAIN, Width(8, 6)), WIDEST)
+    serve(stage)
+    batch = SimpleNamespace(reqs=[None, None], sampling_info=None)
+    fits: list[int] = []
+
+    def original(self: object, selected: object = None) -> bool:
+        fits.append(stage.reserve())
+        return stage.reserve() < 10
+
+    assert hooks.check_decode_mem(original, batch)
+    stage.launch()
+    assert hooks.check_decode_mem(original, batch)
+    assert fits == [6 + 1, 1 + 8]
+    stage.launch()
+    stage.policy = Script(Width(8, 6))
+    assert hooks.check_decode_mem(original, batch), "narrowed before anyone is retracted"
+    assert fits[2:] == [6 + 8, 6 + 1]
+    assert stage.now == PLAIN
+    assert hooks.check_decode_mem(original, batch, [0]), "SGLang's second question chooses nothing anew"
