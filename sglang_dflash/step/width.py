@@ -15,6 +15,8 @@ from sglang_dflash.step.sampling import SamplingParams
 class Width:
     """How wide one step is. A per-step variable: nothing below keeps it beyond the step.
 
+    A plain step, 1 x 1, has no drafter pass and no tree.
+
     Attributes:
         nodes: N, rows verified per request, the root (bonus token) included.
         block: B, rows of the draft block, the anchor included.
@@ -32,6 +34,22 @@ class Width:
     def slots(self) -> int:
         """KV slots a step writes past each request's committed length."""
         return max(self.nodes, self.block)
+
+    @property
+    def most(self) -> int:
+        """The most tokens a step can commit per request, bonus included."""
+        return min(self.nodes, self.block)
+
+    @property
+    def plain(self) -> bool:
+        """No draft: one row per request, one token."""
+        return self.nodes == 1
+
+    def __str__(self) -> str:
+        return f"{self.nodes}x{self.block}"
+
+
+PLAIN = Width(1, 1)
 
 
 @dataclass
@@ -68,3 +86,7 @@ class Step:
         """Each request's greatest length with ``rows`` rows of this step, on the host, and their sum."""
         bound = self.host_lens + rows if self.host_exact else self.host_lens
         return bound, int(bound.sum())
+
+    def mean_length(self) -> float:
+        """Cached tokens per request, from the host's bounds."""
+        return float(self.host_lens.sum()) / len(self.host_lens)
