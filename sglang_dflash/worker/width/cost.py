@@ -1,0 +1,381 @@
+"""What a decode step costs: a table measured on the user's machine, corrected by the steps served."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sglang_dflash.errors import UserError
+from sglang_dflash.models.cache import cache_root, make_dir
+from sglang_dflash.step.width import Width
+from sglang_dflash.worker.width.drift import Drift
+from sglang_dflash.worker.width.surface import Surface
+from sglang_dflash.worker.width.tiers import TIERS
+
+logger = logging.getLogger(__name__)
+
+What = Literal["target", "draft", "rest"]
+
+
+class Cell(BaseModel):
+    """One thing to measure, or measured.
+
+    Attributes:
+        what: a target pass of ``rows`` = n rows a request (1: plain decoding, with its own kernels), a
+            drafter pass with its head of ``rows`` = b rows, or the rest of a step (tree, acceptance, commit,
+            host) of n = ``rows`` (1: of a plain step, the projection of its features included).
+        requests: requests in the batch.
+        length: cached tokens of each.
+        ms: None where it is still to be measured.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    what: What
+    rows: int = Field(ge=1)
+    requests: int = Field(ge=1)
+    length: int = Field(ge=0)
+    ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+
+def plan(widest: Width, most_requests: int, longest: int, length: int = 256) -> list[Cell]:
+    """What to measure at start, the most important first: a caller may stop anywhere.
+
+    Args:
+        widest: the greatest n and b.
+        most_requests: the greatest batch.
+        longest: the greatest context; a pass's price by length is taken from two lengths.
+        length: cached tokens that most cells are measured at.
+    """
+    near = max(1, min(length, longest // 4))
+    far = min(4 * near, longest)
+    loads = sorted({min(r, most_requests) for r in (1, 4, 16, 64, 256, most_requests)})
+    tiers = [n for n in TIERS if n < widest.nodes] + [widest.nodes]
+    # The staircase of one request first, then ever coarser, and the tiers between at last.
+    main = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < widest.nodes] + [widest.nodes]
+    blocks = sorted({2, widest.block})
+    cells: list[Cell] = []
+
+    def ask(what: What, rows: int, requests: int, at: int = near) -> None:
+        cell = Cell(what=what, rows=rows, requests=requests, length=at, ms=None)
+        if cell not in cells:
+            cells.append(cell)
+
+    for i, requests in enumerate(loads):
+        wide = main if i == 0 else [n for n in main if n <= max(16 >> (2 * i - 2), 4)]
+        for n in wide:
+            ask("target", n, requests)
+        for b in blocks:
+            ask("draft", b, requests)
+        ask("rest", 1, requests)
+        ask("rest", min(4, widest.nodes), requests)
+        if i == 1:
+            for n in (1, min(4, widest.nodes)):
+                ask("target", n, requests, far)
+            ask("draft", widest.block, requests, far)
+    ask("rest", widest.nodes, loads[0])
+    for requests in sorted({min(r, most_requests) for r in (1, 2, 4, 8, 16, 32)}):
+        for n in [n for n in tiers if n * requests <= 4 * widest.nodes]:
+            ask("target", n, requests)
+    return cells
+
+
+class CostTable:
+    """Predicted milliseconds of a decode step.
+
+    A prediction is the measured passes' (:class:`Surface`, price by cached length linear) times what the
+    steps served have shown since (:class:`Drift`).
+
+    Args:
+        cells: what was measured.
+        captured: n -> batch sizes with a captured graph, ascending: a batch pays for the next size that has
+            one. None where nothing pads.
+        shared: predictions change only by :meth:`load`, not by :meth:`observe`: tensor-parallel ranks, whose
+            clocks differ, all load what rank 0's :meth:`state` says at the same step and so decide alike.
+    """
+
+    def __init__(
+        self,
+        cells: Iterable[Cell] = (),
+        *,
+        captured: Mapping[int, Sequence[int]] | None = None,
+        shared: bool = False,
+    ) -> None:
+        self._cells: list[Cell] = []
+        self._captured = {n: tuple(sizes) for n, sizes in (captured or {}).items()}
+        self._shared = shared
+        self._live = Drift()
+        self._said = Drift() if shared else self._live
+        self._stale = True
+        for cell in cells:
+            self.add(cell)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The measured cells."""
+        return list(self._cells)
+
+    def add(self, cell: Cell) -> None:
+        """A measured cell; a second measurement of the same one replaces the first."""
+        if cell.ms is None:
+            raise ValueError(f"{cell} holds no measurement")
+        same = ("what", "rows", "requests", "length")
+        self._cells = [c for c in self._cells if any(getattr(c, k) != getattr(cell, k) for k in same)]
+        self._cells.append(cell)
+        self._stale = True
+
+    # What a step costs ---------------------------------------------------------------------------------
+
+    def ms(self, width: Width, requests: int, length: float) -> float:
+        """Predicted milliseconds of one decode step.
+
+        Args:
+            width: the step's.
+            requests: in the batch.
+            length: mean cached tokens of its requests.
+        """
+        return self.look(width, requests, length)[0]
+
+    def look(self, width: Width, requests: int, length: float) -> tuple[float, float]:
+        """:meth:`ms`, and the standard deviation of its logarithm beside the other widths'."""
+        factor, doubt = self._said.look(width, requests, length)
+        return self.measured(width, requests, length) * factor, doubt
+
+    def measured(self, width: Width, requests: int, length: float) -> float:
+        """What the measured passes alone say, in ms."""
+        if self._stale:
+            self._rebuild()
+        line = self._lines.get((width, requests))
+        if line is None:
+            line = self._lines[width, requests] = self._line(width, requests)
+        base, slope = line
+        return max(base + slope * (length - self._length), 0.25 * base)
+
+    def _line(self, width: Width, requests: int) -> tuple[float, float]:
+        """ms of a step at the length that most cells have, and ms per cached token."""
+        asked: list[tuple[What, int]] = [("target", width.nodes), ("rest", width.nodes)]
+        if width.nodes > 1 and width.block > 1:
+            asked.append(("draft", width.block))
+        parts = [self._part(what, rows, requests) for what, rows in asked]
+        return sum(base for base, _ in parts), sum(slope for _, slope in parts)
+
+    def part(self, what: What, rows: int, requests: int, length: float) -> float:
+        """Milliseconds of a part of a step, by the measured passes alone."""
+        if self._stale:
+            self._rebuild()
+        base, slope = self._part(what, rows, requests)
+        return max(base + slope * (length - self._length), 0.25 * base)
+
+    def _part(self, what: What, rows: int, requests: int) -> tuple[float, float]:
+        if what == "target" and rows in self._captured:
+            requests = next((size for size in self._captured[rows] if size >= requests), requests)
+        plain = what != "draft" and rows == 1
+        base = self._plain(what, requests) if plain else self._surfaces[what].at(rows, requests)
+        fixed, per_row = self._slopes[what, plain]
+        return base, (fixed + per_row * rows) * requests
+
+    def _plain(self, what: What, requests: int) -> float:
+        plain, trees = self._plains[what], self._surfaces[what]
+        if what == "rest" or len(plain.counts) > 1:
+            return plain.at(1, requests)
+        if not plain.counts:
+            return trees.at(1, requests)
+        # Measured at one load only: it grows with the load as trees do.
+        at = plain.counts[0]
+        return plain.at(1, at) * trees.at(2, requests) / trees.at(2, at)
+
+    def _rebuild(self) -> None:
+        lengths = [c.length for c in self._cells if c.what == "target"] or [0]
+        self._length = max(set(lengths), key=lengths.count)
+        self._lines: dict[tuple[Width, int], tuple[float, float]] = {}
+        self._slopes: dict[tuple[What, bool], tuple[float, float]] = {}
+        self._surfaces: dict[What, Surface] = {}
+        self._plains: dict[What, Surface] = {}
+        whats: tuple[What, ...] = ("target", "draft", "rest")
+        for what in whats:
+            grids = []
+            for plain in (False, True):
+                mine = [
+                    c for c in self._cells if c.what == what and (what != "draft" and c.rows == 1) == plain
+                ]
+                self._slopes[what, plain] = fixed, per_row = _length_slope(mine, not plain)
+                grid: dict[tuple[int, int], list[float]] = {}
+                for c in mine:
+                    assert c.ms is not None
+                    away = (fixed + per_row * c.rows) * c.requests * (c.length - self._length)
+                    grid.setdefault((c.rows, c.requests), []).append(max(c.ms - away, 0.25 * c.ms))
+                grids.append({key: sum(values) / len(values) for key, values in grid.items()})
+            if what == "rest" and not (grids[0] or grids[1]):
+                grids = [{(1, 1): 0.0, (2, 1): 0.0}] * 2
+            self._surfaces[what] = Surface(grids[0] or grids[1])
+            self._plains[what] = Surface(grids[1] or (grids[0] if what == "rest" else {}))
+        self._stale = False
+
+    # What steps show -----------------------------------------------------------------------------------
+
+    def observe(self, width: Width, requests: int, length: float, ms: float) -> bool:
+        """A step took ``ms``. False where that was taken for an accident (a hang, a clock that jumped)."""
+        return self._live.observe(width, requests, length, ms, self.measured(width, requests, length))
+
+    def state(self) -> list[float]:
+        """What steps have taught, for :meth:`load` on the other ranks or after a restart."""
+        return self._live.state()
+
+    def load(self, state: Sequence[float]) -> None:
+        """Predict from another table's :meth:`state` from now on."""
+        self._live.load(state)
+        if self._shared:
+            self._said.load(state)
+
+    def forget_speed(self) -> None:
+        """The machine's speed of another day says nothing of today's."""
+        self._live.forget_speed()
+        if self._shared:
+            self._said.forget_speed()
+
+
+def _length_slope(cells: list[Cell], by_rows: bool) -> tuple[float, float]:
+    """(ms per request, ms per request and row) of one more cached token; neither is below 0.
+
+    From shapes that were measured at two lengths, by least squares.
+    """
+    shapes: dict[tuple[int, int], list[Cell]] = {}
+    for c in cells:
+        shapes.setdefault((c.rows, c.requests), []).append(c)
+    points = []
+    for (rows, requests), same in shapes.items():
+        first, last = (pick(same, key=lambda c: c.length) for pick in (min, max))
+        if last.length > first.length:
+            assert first.ms is not None
+            assert last.ms is not None
+            points.append((rows, (last.ms - first.ms) / (last.length - first.length) / requests))
+    if not points:
+        return 0.0, 0.0
+    mean = sum(y for _, y in points) / len(points)
+    center = sum(x for x, _ in points) / len(points)
+    spread = sum((x - center) ** 2 for x, _ in points)
+    per_row = sum((x - center) * y for x, y in points) / spread if by_rows and spread else 0.0
+    per_row = max(per_row, 0.0)
+    fixed = mean - per_row * center
+    if fixed < 0:
+        squares = sum(x * x for x, _ in points)
+        return 0.0, max(sum(x * y for x, y in points) / squares, 0.0)
+    return fixed, per_row
+
+
+def measure(
+    table: CostTable,
+    cells: Iterable[Cell],
+    run: Callable[[Cell], float],
+    seconds: float,
+    *,
+    repeats: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Measure as many of the planned ``cells`` as ``seconds`` allow; the number measured.
+
+    A cell that would take longer than what is left is passed over. The least of the repeats counts: noise
+    only adds.
+
+    Args:
+        run: runs the cell's pass once and returns its milliseconds.
+        repeats: measured runs, after one that is thrown away.
+    """
+    end, done, overhead = clock() + seconds, 0, 1.0
+    for cell in cells:
+        begin = clock()
+        predicted = table.part(cell.what, cell.rows, cell.requests, cell.length) / 1e3 if done else 0.0
+        if begin >= end or begin + predicted * (repeats + 1) * overhead > end:
+            continue
+        run(cell)
+        best = min(run(cell) for _ in range(repeats))
+        if not best > 0:
+            logger.warning("%s took %g ms by the clock; left out of the cost table", cell, best)
+            continue
+        table.add(cell.model_copy(update={"ms": best}))
+        done += 1
+        overhead = max(1.0, (clock() - begin) * 1e3 / (best * (repeats + 1)))
+    return done
+
+
+class CostFile(BaseModel):
+    """A cost table on disk: ``<cache>/width/<hash of the fingerprint>.json``.
+
+    Attributes:
+        fingerprint: what the times depend on: model, drafter, dtype, device, parallelism, backend, versions.
+        drift: :meth:`CostTable.state`.
+    """
+
+    format: Literal[1] = 1
+    fingerprint: dict[str, str]
+    cells: list[Cell] = Field(min_length=1)
+    drift: list[float] = []
+
+    @staticmethod
+    def path(fingerprint: Mapping[str, str]) -> Path:
+        text = json.dumps(dict(fingerprint), sort_keys=True)
+        return cache_root() / "width" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def save(table: CostTable, fingerprint: Mapping[str, str]) -> Path | None:
+    """Store a table; None, with one line in the log, where the cache cannot be written."""
+    path = CostFile.path(fingerprint)
+    content = CostFile(fingerprint=dict(fingerprint), cells=table.cells, drift=table.state())
+    try:
+        make_dir(path.parent)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(content.model_dump_json(indent=1))
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except (OSError, UserError) as error:
+        logger.warning("cost table not kept, the next start measures again: %s", error)
+        return None
+    return path
+
+
+def load(
+    fingerprint: Mapping[str, str],
+    *,
+    captured: Mapping[int, Sequence[int]] | None = None,
+    shared: bool = False,
+) -> CostTable | None:
+    """The stored table of ``fingerprint``; None where there is none, or, with one line, none of use."""
+    path = CostFile.path(fingerprint)
+    try:
+        found = CostFile.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError, ValueError) as error:
+        logger.warning("cost table %s is damaged (%s); measuring again", path, type(error).__name__)
+        return None
+    if found.fingerprint != dict(fingerprint):
+        differs = sorted(
+            k for k in {*found.fingerprint, *fingerprint} if found.fingerprint.get(k) != fingerprint.get(k)
+        )
+        logger.warning("cost table %s is of another %s; measuring again", path, ", ".join(differs))
+        return None
+    if any(c.ms is None for c in found.cells):
+        logger.warning("cost table %s is damaged (a cell without its time); measuring again", path)
+        return None
+    table = CostTable(found.cells, captured=captured, shared=shared)
+    if found.drift:
+        try:
+            table.load(found.drift)
+        except ValueError:
+            logger.warning("cost table %s: what steps had taught is damaged; starting from its passes", path)
+        else:
+            table.forget_speed()
+    return table
