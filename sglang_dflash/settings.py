@@ -39,7 +39,8 @@ class Settings(BaseSettings):
     width: str = Field(
         "auto",
         description="auto: a step's width follows load and confidence; fixed: always the greatest; "
-        "NODESxBLOCK such as 8x6: always that one; random:SEED: another one every step, for tests",
+        "NODESxBLOCK such as 8x6: always that one; for tests random:SEED, another one every step, and "
+        "control:FILE, what the file says",
     )
     calibrate: bool = Field(
         True, description="add the drafter's fitted per-depth log-bonus (dflash_config.tree_depth_bonus)"

@@ -21,6 +21,8 @@ class DFlashSection(BaseModel):
     projector_type: str | None = None
     selector_rank: int = 0
     tree_depth_bonus: list[float] | None = None
+    tree_accept: dict[str, float] = {}
+    tree_accept_sampled: dict[str, float] = {}
     lilicorr: Any = None
 
 

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from dflash_kernels import Accepted, DraftTree
 
 from sglang_dflash.step.timing import Laps
+from sglang_dflash.step.width import Width
 
 FALLBACK = -1
 
@@ -40,16 +42,22 @@ class StepResult:
 
     Attributes:
         number: counts the worker's decode steps.
-        nodes: N, rows verified per request.
+        width: of the step.
         rows: per request, what ``outcome`` says.
-        committed: tokens each request got from this step; 0 for one that had ended before.
+        accepted: tokens of each request's pass, bonus included; 0 for one that had ended before.
+        committed: those that it got; fewer where it ended among them.
+        sampled: per request, whether it draws its tokens.
+        reach: [2, T, L], what the drafter expected (``worker/tree/reach.py``); None where nobody asked.
         drafter_seconds, verify_seconds: None where nobody asked for times.
     """
 
     number: int
-    nodes: int
+    width: Width
     rows: list[int]
+    accepted: list[int]
     committed: list[int]
+    sampled: list[bool]
+    reach: np.ndarray | None
     drafter_seconds: float | None
     verify_seconds: float | None
 
@@ -64,33 +72,46 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class StepReport:
-    """SGLang's ``DeviceAuxiliaryOutput`` (``managers/auxiliary_output.py``); ``rows`` is on the device."""
+    """SGLang's ``DeviceAuxiliaryOutput`` (``managers/auxiliary_output.py``).
+
+    ``rows``, ``accept_lens`` int32 [bs] and ``reach`` are on the device and travel as one tensor.
+    """
 
     number: int
-    nodes: int
+    width: Width
     rows: torch.Tensor
+    accept_lens: torch.Tensor
+    sampled: list[bool]
+    reach: torch.Tensor | None
     laps: Laps
     sink: Sink
 
     def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> HostReport:
-        return HostReport(self, copy_tensor(self.rows))
+        parts = [self.rows, self.accept_lens, *([] if self.reach is None else [self.reach.view(-1)])]
+        return HostReport(self, copy_tensor(torch.cat([part.float() for part in parts])))
 
 
 @dataclass(frozen=True)
 class HostReport:
-    """SGLang's ``HostAuxiliaryOutput``; ``rows`` is on the host once the step's copies are done."""
+    """SGLang's ``HostAuxiliaryOutput``; ``packed`` is on the host once the step's copies are done."""
 
     device: StepReport
-    rows: torch.Tensor
+    packed: torch.Tensor
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
-        drafter_seconds, verify_seconds = self.device.laps.seconds()
-        self.device.sink.observe(
+        report, bs = self.device, len(commits)
+        values = self.packed.numpy()
+        accepted = [0 if commit is None else int(n) for commit, n in zip(commits, values[bs:], strict=False)]
+        drafter_seconds, verify_seconds = report.laps.seconds()
+        report.sink.observe(
             StepResult(
-                number=self.device.number,
-                nodes=self.device.nodes,
-                rows=self.rows.tolist(),
+                number=report.number,
+                width=report.width,
+                rows=values[:bs].astype(int).tolist(),
+                accepted=accepted,
                 committed=[0 if commit is None else len(commit.token_ids) for commit in commits],
+                sampled=report.sampled,
+                reach=None if report.reach is None else values[2 * bs :].reshape(report.reach.shape),
                 drafter_seconds=drafter_seconds,
                 verify_seconds=verify_seconds,
             )

@@ -10,11 +10,12 @@ import time
 
 import torch
 
-START, DRAFTED, BUILT, VERIFIED = range(4)
+START, DRAFTED, BUILT, VERIFIED, DONE = range(5)
 
 
 class Laps:
-    """The marks of one step; ``mark`` is called at its start and after each of its first three stages.
+    """The marks of one step; ``mark`` is called at its start and after each of its first three stages, and,
+    where it is rehearsed, at its end.
 
     Args:
         device: "cuda..." or "cpu".
@@ -43,6 +44,13 @@ class Laps:
         if not self._enabled:
             return None, None
         return self._between(START, DRAFTED), self._between(BUILT, VERIFIED)
+
+    def parts(self) -> tuple[float, float, float]:
+        """Seconds of the drafter, the target and the rest of a rehearsed step."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        drafter, target = self._between(START, DRAFTED), self._between(BUILT, VERIFIED)
+        return drafter, target, self._between(START, DONE) - drafter - target
 
     def _between(self, first: int, second: int) -> float:
         start, end = self._marks[first], self._marks[second]

@@ -6,7 +6,9 @@ Mirrors what ``DFlashWorkerV2.forward_batch_generation`` does for a chain (SGLan
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,20 +20,23 @@ from sglang.srt.model_executor.forward_batch_info import (
     ForwardMode,
     enable_num_token_non_padded,
 )
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_spec
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import is_dense_head_weight
 from sglang.srt.speculative.dflash_worker_v2 import _resolve_dflash_embedding_module
 from sglang.srt.speculative.draft_worker_common import make_draft_block_spec_info
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
-from sglang.srt.speculative.spec_utils import draft_tp_context
+from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 
+from sglang_dflash import __version__
 from sglang_dflash.errors import UserError
 from sglang_dflash.platform.linear import head_logits
+from sglang_dflash.platform.processor import processor_name
 from sglang_dflash.step.noise import StepNoise
 from sglang_dflash.step.width import Step, Width
 from sglang_dflash.upstream.sampler import params_of
+from sglang_dflash.upstream.tiers import GraphTiers, Tiers, no_tiers
 
 if TYPE_CHECKING:
     from sglang_dflash.upstream.triton_seam import TreeBuffers
@@ -82,6 +87,8 @@ class Bridge:
         _keep_drafter_dtype(self.drafter)
         self.tree_buffers: TreeBuffers | None = None
         self._block_infos: dict[int, DFlashVerifyInput] = {}
+        self._target_tiers: Tiers = no_tiers
+        self._drafter_tiers: Tiers = no_tiers
 
     # -- set-up -----------------------------------------------------------------
 
@@ -129,6 +136,29 @@ class Bridge:
 
         self.tree_buffers = install(self.target, self.drafter, width)
 
+    def capture_tiers(self, nodes: Sequence[int], blocks: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """Capture the graphs of widths beside the widest, where SGLang has captured that one's.
+
+        Returns:
+            the target's, nodes -> batch sizes with a graph; empty where nothing is captured.
+        """
+        from sglang_dflash.upstream.contract import check_tiers
+        from sglang_dflash.upstream.triton_seam import prepare
+
+        if self.tree_buffers is None or self.target.decode_cuda_graph_runner is None:
+            return {}
+        check_tiers()
+        width = self.worker.max_width
+        target = GraphTiers(self.target, width.nodes, prepare(self.target))
+        target.capture(nodes)
+        self._target_tiers = target.of
+        if self.drafter.decode_cuda_graph_runner is not None:
+            drafter = GraphTiers(self.drafter, width.block, prepare(self.drafter))
+            with draft_pp_context(), draft_tp_context(self.worker.draft_parallel_layout):
+                drafter.capture(blocks)
+            self._drafter_tiers = drafter.of
+        return target.captured
+
     def target_caches(self) -> list[torch.Tensor]:
         """Every layer's K and V cache, [slots, heads, dim] each.
 
@@ -141,6 +171,37 @@ class Bridge:
                 f"draft trees cannot compact SGLang's {type(pool).__name__}; set SGLANG_DFLASH_MODE=chain"
             )
         return [*keys, *values]
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the times of this server's steps depend on."""
+        spec, cuda = get_spec(), torch.device(self.device).type == "cuda"
+        return {
+            "target": str(self.target.model_config.model_path),
+            "drafter": str(spec.speculative_draft_model_path),
+            "width": f"{spec.speculative_num_draft_tokens}, {spec.speculative_dflash_block_size}",
+            "dtype": f"{self.target.dtype}, {self.target.kv_cache_dtype}",
+            "device": torch.cuda.get_device_name() if cuda else processor_name(),
+            "threads": str(torch.get_num_threads()),
+            "ranks": str(self.ranks()),
+            "backend": self.backend_name(),
+            "versions": f"sglang {version('sglang')}, torch {torch.__version__}, plugin {__version__}",
+        }
+
+    def ranks(self) -> int:
+        return int(get_parallel().tp_size)
+
+    def share_or_none(self) -> Callable[[Any], Any] | None:
+        """What gives every tensor-parallel rank rank 0's value, by way of the CPU; None for one rank."""
+        if self.ranks() == 1:
+            return None
+        group = get_parallel().tp_group
+
+        def share(value: Any) -> Any:
+            box = [value]
+            torch.distributed.broadcast_object_list(box, src=group.ranks[0], group=group.cpu_group)
+            return box[0]
+
+        return share
 
     # -- one step ---------------------------------------------------------------
 
@@ -225,7 +286,11 @@ class Bridge:
             can_run_decode_cuda_graph=batch.can_run_decode_cuda_graph,
         )
         step.plan.bind(forward, self.drafter.kv_index_translator, cols=slice(0, block))
-        with torch.inference_mode(), draft_tp_context(self.worker.draft_parallel_layout):
+        with (
+            self._drafter_tiers(block),
+            torch.inference_mode(),
+            draft_tp_context(self.worker.draft_parallel_layout),
+        ):
             hidden = self.drafter.forward(forward).logits_output.hidden_states
         if hidden is None:
             raise RuntimeError("SGLang's drafter returned no hidden states for the draft block")
@@ -295,11 +360,12 @@ class Bridge:
         batch.out_cache_loc = step.slots[:, :nodes].reshape(-1)
         lens, total = batch.seq_lens_cpu, batch.seq_lens_sum
         batch.seq_lens_cpu, batch.seq_lens_sum = step.host_bound(nodes)
-        forward, _ = verify.prepare_for_verify(batch, self.worker.target_worker)
-        batch.seq_lens_cpu, batch.seq_lens_sum = lens, total
-        return self.worker.target_worker.forward_batch_generation(
-            batch=None, forward_batch=forward, is_verify=True, skip_attn_backend_init=True
-        )
+        with self._target_tiers(nodes):
+            forward, _ = verify.prepare_for_verify(batch, self.worker.target_worker)
+            batch.seq_lens_cpu, batch.seq_lens_sum = lens, total
+            return self.worker.target_worker.forward_batch_generation(
+                batch=None, forward_batch=forward, is_verify=True, skip_attn_backend_init=True
+            )
 
     def agree(self, chosen: torch.Tensor, sampled: bool) -> None:
         """Make every tensor-parallel rank use rank 0's tokens, in place, as upstream's chain does."""

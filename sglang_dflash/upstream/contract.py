@@ -192,6 +192,19 @@ WORKER: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# A graph per width (upstream/tiers.py), checked where graphs are captured.
+TIERS: dict[str, tuple[str, ...]] = {
+    "sglang.srt.model_executor.model_runner.ModelRunner._get_attention_backend": (
+        "self",
+        "init_new_workspace",
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner._decode_cuda_graph_runner_cls": ("self",),
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.__init__": (
+        *("self", "model_runner", "attn_backend", "speculative_num_draft_tokens"),
+    ),
+    "sglang.srt.speculative.spec_utils.draft_pp_context": (),
+}
+
 # The seam of upstream/triton_seam.py, checked where the Triton backend serves.
 _TRITON = "sglang.srt.layers.attention.triton_backend.TritonAttnBackend"
 TRITON: dict[str, tuple[str, ...]] = {
@@ -257,6 +270,11 @@ def check_front_end() -> None:
 def check_handover() -> None:
     """Check what a decode server of prefill/decode disaggregation hooks. Raises UserError."""
     _raise_if_broken(HANDOVER)
+
+
+def check_tiers() -> None:
+    """Check what a graph per width is captured with. Raises UserError."""
+    _raise_if_broken(TIERS)
 
 
 def check_triton() -> None:

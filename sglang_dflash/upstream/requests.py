@@ -19,12 +19,18 @@ def needs_penalties(info: Any) -> bool:
     return info.acc_additive_penalties is not None or (orchestrator is not None and orchestrator.is_required)
 
 
-def sampled_share(batch: Any) -> float:
-    """The share of the batch's requests that sample; a greedy one has top_k 1."""
+def sampled_rows(batch: Any) -> list[bool]:
+    """Per request, whether it draws its tokens; a greedy one has top_k 1."""
     info = batch.sampling_info
-    if info is None or info.is_all_greedy or not batch.reqs:
-        return 0.0
-    return sum(req.sampling_params.top_k > 1 for req in batch.reqs) / len(batch.reqs)
+    if info is None or info.is_all_greedy:
+        return [False] * len(batch.reqs)
+    return [req.sampling_params.top_k > 1 for req in batch.reqs]
+
+
+def sampled_share(batch: Any) -> float:
+    """The share of the batch's requests that draw their tokens."""
+    rows = sampled_rows(batch)
+    return sum(rows) / max(1, len(rows))
 
 
 def penalties_of(batch: Any, device: torch.device) -> Penalties:

@@ -8,7 +8,7 @@ verify attention. Our function always answers True: upstream's fallback would be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -143,8 +143,8 @@ class VerifyAttention:
         return True
 
 
-def _backend_with_seam(runner: Any) -> Any:
-    backend = runner.attn_backend
+def _seam_of(backend: Any) -> Any:
+    """The backend that has the seam. Raises UserError."""
     backend = getattr(backend, "full_attn_backend", backend)
     wanted = ("use_verify_splitkv", "use_verify_shared_kv", "verify_splitkv_fwd", "use_mla")
     missing = [name for name in wanted if not hasattr(backend, name)]
@@ -157,8 +157,21 @@ def _backend_with_seam(runner: Any) -> Any:
     return backend
 
 
+def prepare(runner: Any) -> Callable[[Any], None]:
+    """What puts the kernel that the runner's own backend has into another of its backends."""
+    kernel = _seam_of(runner.attn_backend).verify_splitkv_fwd
+
+    def put(backend: Any) -> None:
+        seam = _seam_of(backend)
+        seam.use_verify_shared_kv = False
+        seam.use_verify_splitkv = True
+        seam.verify_splitkv_fwd = kernel
+
+    return put
+
+
 def _put(runner: Any, buffers: TreeBuffers | None, rows: Sequence[int], max_bs: int) -> None:
-    backend = _backend_with_seam(runner)
+    backend = _seam_of(runner.attn_backend)
     config = runner.model_config
     heads, kv_heads = backend.num_head, backend.num_kv_head
     workspace = (

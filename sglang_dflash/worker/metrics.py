@@ -40,6 +40,9 @@ class Metrics:
             "tree_width", "Tree nodes verified per request and step, root included.", WIDTH_BUCKETS
         )
         self.decode_steps = counter("decode_steps", "Decode steps of the whole batch.")
+        self.drafted = counter(
+            "drafted_tokens", "Depths that request steps had drafts for: the most each could have accepted."
+        )
         self.off_spine_accepts = counter(
             "off_spine_accepts", "Request steps whose accepted path left the top-1 chain."
         )
@@ -56,7 +59,8 @@ class Metrics:
             if not committed:
                 continue  # ended before this step: nobody sees its tokens
             self.accept_length.observe(committed)
-            self.tree_width.observe(result.nodes)
+            self.tree_width.observe(result.width.nodes)
+            self.drafted.inc(result.width.most - 1)
             if rows == FALLBACK:
                 self.fallbacks.inc()
             elif rows > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from dflash_kernels import Accepted, DraftTree
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_spec
@@ -20,6 +21,8 @@ from sglang_dflash.upstream.bridge import Bridge, refuse_unserved
 from sglang_dflash.upstream.contract import check_worker
 from sglang_dflash.upstream.drafter_cache import clean_drafter_cache
 from sglang_dflash.upstream.handover import receive
+from sglang_dflash.upstream.rehearsal import rehearsal
+from sglang_dflash.upstream.requests import sampled_rows
 from sglang_dflash.upstream.results import attach, free_room, metric_labels
 from sglang_dflash.upstream.weights import route_weight_updates
 from sglang_dflash.worker.accept import AcceptStage
@@ -31,7 +34,9 @@ from sglang_dflash.worker.metrics import Metrics
 from sglang_dflash.worker.tree import TreeStage
 from sglang_dflash.worker.tree.stage import load_rewrite
 from sglang_dflash.worker.verify import VerifyStage
-from sglang_dflash.worker.width import WidthStage, make_policy, serve
+from sglang_dflash.worker.width import WidthStage, serve
+from sglang_dflash.worker.width.policy import FixedWidth
+from sglang_dflash.worker.width.start import start_width, tiers_asked
 
 logger = logging.getLogger("sglang_dflash")
 
@@ -64,6 +69,7 @@ class TreeWorker(DFlashWorkerV2):
             depth_bonus=config.dflash_config.tree_depth_bonus if settings.calibrate else None,
             rewrite=load_rewrite(settings.candidates),
             device=self.device,
+            tiers=tiers_asked(settings.width),
         )
         self.verify = VerifyStage(self.bridge)
         self.accept = AcceptStage(self.bridge)
@@ -71,8 +77,7 @@ class TreeWorker(DFlashWorkerV2):
         route_weight_updates(self)
         receive(self.adjust)
 
-        self.width = WidthStage(make_policy(settings.width, self.max_width), self.max_width)
-        serve(self.width)
+        self.width = WidthStage(FixedWidth(self.max_width), self.max_width)
         self.steps = 0
         self.health = DrafterHealth()
         labels = metric_labels()
@@ -105,7 +110,11 @@ class TreeWorker(DFlashWorkerV2):
     def init_cuda_graphs(self) -> Any:
         self.adjust.warm_penalties()
         with self._drafter_width():
-            return super().init_cuda_graphs()
+            result = super().init_cuda_graphs()
+        self.width = start_width(get_settings().width, self)
+        self.steps = 0  # rehearsed ones do not count
+        serve(self.width)
+        return result
 
     def _maybe_build_draft_sampler(self) -> None:
         """Upstream folds an argmax into the drafter's graph; a tree needs the top K instead."""
@@ -122,6 +131,7 @@ class TreeWorker(DFlashWorkerV2):
         return {
             "num_nodes": self.max_width.nodes,
             "block_size": self.max_width.block,
+            "width": self.width.policy.why(),
             "attention": self.bridge.backend_name(),
             "settings": get_settings().model_dump(),
             "drafter_fallbacks": self.health.fallbacks,
@@ -151,6 +161,7 @@ class TreeWorker(DFlashWorkerV2):
             or batch.forward_mode.is_idle()
             or batch.spec_info is None
         ):
+            self.width.interrupt()
             idle = batch.forward_mode.is_idle()
             if not idle:
                 self.adjust.prepare_prefill(batch, grammar_barrier)
@@ -163,17 +174,28 @@ class TreeWorker(DFlashWorkerV2):
             if not idle:
                 self.adjust.remember_prefill(batch, result)
             return result
-        return self._decode(batch, on_publish, grammar_barrier)
-
-    def _decode(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> GenerationBatchResult:
-        step = self.bridge.open_step(batch, self.width.launch())
-        self.width.note_length(step.mean_length())
         if self.health.must_clean(self.steps):
             clean_drafter_cache(self.draft_model_runner)
         laps = Laps(self.device, enabled=self.metrics is not None)
+        step = self.bridge.open_step(batch, self.width.launch(len(batch.seq_lens)))
+        self.width.note_length(step.mean_length())
+        return self._decode(step, batch, laps, on_publish, grammar_barrier)
 
+    def rehearse(self, width: Width, requests: int, length: int) -> tuple[float, float, float]:
+        """Seconds of the drafter, the target and the rest of one step over requests that nobody sent.
+
+        Only before the first request. ``length`` is in cached tokens.
+        """
+        laps = Laps(self.device, enabled=True)
+        with rehearsal(self, requests, length, self.max_width.slots) as batch:
+            self._decode(self.bridge.open_step(batch, width), batch, laps, None, None)
+        return laps.parts()
+
+    def _decode(
+        self, step: Step, batch: Any, laps: Laps, on_publish: Any, grammar_barrier: Any
+    ) -> GenerationBatchResult:
         laps.mark()
-        tree = self._draft(step, batch, laps)
+        tree, reach = self._draft(step, batch, laps)
         grammar = self.adjust.start_grammar(batch, tree)
         laps.mark()
         verified = self.verify(tree, step, batch)
@@ -186,15 +208,18 @@ class TreeWorker(DFlashWorkerV2):
         self.commit(accepted, verified, step)
         self.adjust.remember(batch, step, accepted)
 
-        rows = outcome(tree, accepted)
-        attach(verified.raw.logits_output, StepReport(self.steps, step.width.nodes, rows, laps, self))
+        rows, sampled = outcome(tree, accepted), sampled_rows(batch)
+        report = StepReport(self.steps, step.width, rows, accepted.accept_lens, sampled, reach, laps, self)
+        attach(verified.raw.logits_output, report)
         self.steps += 1
+        laps.mark()
         return self._result(verified.raw, accepted, step)
 
-    def _draft(self, step: Step, batch: Any, laps: Laps) -> DraftTree:
+    def _draft(self, step: Step, batch: Any, laps: Laps) -> tuple[DraftTree, torch.Tensor | None]:
+        """The step's tree, and what the drafter expects of it where the width's policy wants to know."""
         if step.width.plain:
             laps.mark()
-            return DraftTree.roots(step.anchor)
+            return DraftTree.roots(step.anchor), None
         candidates = self.draft(step, batch)
         laps.mark()
         return self.tree(candidates, step, batch)
@@ -202,6 +227,7 @@ class TreeWorker(DFlashWorkerV2):
     def observe(self, result: StepResult) -> None:
         """A step's outcome, once SGLang has it on the host; called by the scheduler, outside the step."""
         self.health.note(result.number, result.fallbacks)
+        self.width.observe(result)
         if self.metrics is not None:
             self.metrics.observe(result)
 

@@ -27,6 +27,10 @@ def test_handover_contract_holds() -> None:
     assert contract.broken(contract.HANDOVER) == []
 
 
+def test_tiers_contract_holds() -> None:
+    assert contract.broken(contract.TIERS) == []
+
+
 def test_triton_seam_holds() -> None:
     assert contract.broken(contract.TRITON) == []
 

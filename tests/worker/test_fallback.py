@@ -28,7 +28,7 @@ def build(candidates: Candidates, nodes: int):
     width = Width(nodes=nodes, block=DEPTH + 1)
     anchor, lens = torch.arange(BS), torch.full((BS,), 9)
     step = Step(width, anchor=anchor, prefix_lens=lens, slots=lens, plan=None, host_lens=lens)
-    return TreeStage(depth_bonus=None, rewrite=None, device="cpu")(candidates, step, None)
+    return TreeStage(depth_bonus=None, rewrite=None, device="cpu")(candidates, step, None)[0]
 
 
 def accept_everything(tree):
@@ -74,7 +74,7 @@ def test_rows_moved_are_the_nodes_off_the_spine() -> None:
     width = Width(nodes=15, block=4)
     lens = torch.full((BS,), 9)
     step = Step(width, anchor=lens, prefix_lens=lens, slots=lens, plan=None, host_lens=lens)
-    tree = TreeStage(depth_bonus=None, rewrite=None, device="cpu")(candidates, step, None)
+    tree = TreeStage(depth_bonus=None, rewrite=None, device="cpu")(candidates, step, None)[0]
     # Rank taken at each depth by the target: spine, off at depth 1, off at depth 3, off at the root only.
     ranks = [[0, 0, 0], [1, 0, 0], [0, 0, 1], [1, None, None]]
     want = torch.full((BS, 15), 99)

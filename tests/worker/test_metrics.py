@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY
 
 from sglang_dflash.step.report import FALLBACK, StepReport, StepResult
 from sglang_dflash.step.timing import Laps
+from sglang_dflash.step.width import Width
 from sglang_dflash.worker.metrics import Metrics
 
 LABELS = {"model_name": "test", "tp_rank": "0"}
@@ -31,19 +32,22 @@ def test_a_report_reaches_the_metrics() -> None:
         laps = Laps("cpu", enabled=True)
         for _ in range(4):
             laps.mark()
-        report = StepReport(0, 16, torch.tensor(rows), laps, metrics)
+        rows_of = torch.tensor(rows, dtype=torch.int32)
+        accepted = torch.tensor([max(n, 1) for n in committed], dtype=torch.int32)
+        report = StepReport(0, Width(16, 6), rows_of, accepted, [False] * len(rows), None, laps, metrics)
         commits = [None if n == 0 else SimpleNamespace(token_ids=(7,) * n) for n in committed]
         report.copy_to_host(copy).consume(None, commits)
 
     step([0, 3, FALLBACK, 2], [4, 5, 1, 0])  # the last had ended before: not counted at all
     step([1], [2])
-    assert [list(tensor.shape) for tensor in copies] == [[4], [1]]
+    assert [list(tensor.shape) for tensor in copies] == [[8], [2]]
     assert value("accept_length_sum") == 12
     assert value("accept_length_count") == 4
     assert value("accept_length_bucket", le="1.0") == 1
     assert value("accept_length_bucket", le="4.0") == 3
     assert value("tree_width_sum") == 64
     assert value("decode_steps_total") == 2
+    assert value("drafted_tokens_total") == 4 * 5
     assert value("off_spine_accepts_total") == 2
     assert value("kv_rows_moved_total") == 4
     assert value("drafter_fallbacks_total") == 1
@@ -55,4 +59,5 @@ def test_without_metrics_no_clock_is_read() -> None:
     laps = Laps("cuda:0", enabled=False)  # would need CUDA if it did anything
     laps.mark()
     assert laps.seconds() == (None, None)
-    assert StepResult(0, 8, [0, FALLBACK, 1], [1, 1, 1], None, None).fallbacks == 1
+    result = StepResult(0, Width(8, 6), [0, FALLBACK, 1], *[[1, 1, 1]] * 2, [False] * 3, None, None, None)
+    assert result.fallbacks == 1

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from sglang_dflash.step.width import PLAIN, Width
 from sglang_dflash.worker.width import WidthStage, make_policy, serve, serving
+from sglang_dflash.worker.width.control import ControlledWidth
+from sglang_dflash.worker.width.cost import CostTable
+from sglang_dflash.worker.width.gain import Gains
+from sglang_dflash.worker.width.policy import WidthPolicy
 
 WIDEST = Width(8, 6)
 
@@ -21,6 +27,15 @@ class Script:
         self.loads.append((requests, length, sampled_share))
         return next(self.widths)
 
+    def why(self) -> dict[str, object]:
+        return {}
+
+    def state(self) -> list[float]:
+        return []
+
+    def load(self, state: object) -> None:
+        return
+
 
 def test_the_reserve_holds_the_step_in_flight_and_this_one() -> None:
     stage = WidthStage(Script(Width(8, 6), Width(2, 6), PLAIN, Width(16, 4)), WIDEST)
@@ -28,7 +43,7 @@ def test_the_reserve_holds_the_step_in_flight_and_this_one() -> None:
     for _ in range(4):
         stage.begin(3, 0.0)
         reserves.append(stage.reserve())
-        stage.launch()
+        stage.launch(1)
     # What the step before can commit, min(N, B), and the slots of this one, max(N, B).
     assert reserves == [6 + 8, 6 + 6, 2 + 1, 1 + 16]
 
@@ -36,7 +51,7 @@ def test_the_reserve_holds_the_step_in_flight_and_this_one() -> None:
 def test_a_round_that_launches_nothing_leaves_the_step_in_flight() -> None:
     stage = WidthStage(Script(Width(8, 6), PLAIN, Width(2, 2)), WIDEST)
     stage.begin(1, 0.0)
-    stage.launch()
+    stage.launch(1)
     stage.begin(1, 0.0)
     stage.begin(1, 0.0)
     assert stage.reserve() == 6 + 2
@@ -46,7 +61,7 @@ def test_short_memory_narrows_to_a_plain_step_once() -> None:
     stage = WidthStage(Script(Width(8, 6)), WIDEST)
     stage.begin(1, 0.0)
     assert stage.narrow()
-    assert stage.launch() == PLAIN
+    assert stage.launch(1) == PLAIN
     assert not stage.narrow()
 
 
@@ -54,7 +69,7 @@ def test_the_choice_knows_the_load() -> None:
     policy = Script(PLAIN, PLAIN)
     stage = WidthStage(policy, WIDEST)
     stage.begin(2, 0.5)
-    stage.launch()
+    stage.launch(1)
     stage.note_length(120.5)
     stage.begin(4, 0.0)
     assert policy.loads == [(2, 0.0, 0.5), (4, 120.5, 0.0)]
@@ -93,12 +108,31 @@ def test_memory_hooks_read_the_serving_stage(monkeypatch: pytest.MonkeyPatch) ->
         return stage.reserve() < 10
 
     assert hooks.check_decode_mem(original, batch)
-    stage.launch()
+    stage.launch(1)
     assert hooks.check_decode_mem(original, batch)
     assert fits == [6 + 1, 1 + 8]
-    stage.launch()
+    stage.launch(1)
     stage.policy = Script(Width(8, 6))
     assert hooks.check_decode_mem(original, batch), "narrowed before anyone is retracted"
     assert fits[2:] == [6 + 8, 6 + 1]
     assert stage.now == PLAIN
     assert hooks.check_decode_mem(original, batch, [0]), "SGLang's second question chooses nothing anew"
+
+
+def test_a_file_sets_the_width_while_serving(tmp_path: Path) -> None:
+    auto = WidthPolicy(WIDEST, CostTable(), Gains(WIDEST.block))
+    file = tmp_path / "width"
+    controlled = ControlledWidth(file, auto, lambda text: make_policy(text, WIDEST))
+    stage = WidthStage(controlled, WIDEST)
+    assert stage.learner is auto
+    for tick, (text, want) in enumerate(
+        (("4x4", Width(4, 4)), ("1x1", PLAIN), ("nonsense", PLAIN), ("8x6", WIDEST)), 10
+    ):
+        file.write_text(text + "\n")
+        os.utime(file, ns=(0, tick))
+        stage.begin(1, 0.0)
+        assert stage.now == want, text
+    file.write_text("auto")
+    os.utime(file, ns=(0, 1))
+    stage.begin(1, 0.0)
+    assert controlled.learning

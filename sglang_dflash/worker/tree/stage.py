@@ -13,6 +13,7 @@ from sglang_dflash.errors import UserError
 from sglang_dflash.step.width import Step
 from sglang_dflash.worker.draft import Candidates
 from sglang_dflash.worker.tree.guard import cut, silence, usable
+from sglang_dflash.worker.tree.reach import reach
 
 Rewrite = Callable[[Candidates, Step, Any], Candidates]
 
@@ -42,13 +43,20 @@ class TreeStage:
     Args:
         depth_bonus: fitted log-bonus per depth (L floats) or None, see docs/training.md.
         rewrite: replaces the drafter's candidates, for tests and experiments.
+        tiers: numbers of nodes of which the drafter's expectation is asked for (`reach`); none asks nothing.
         device: where the bonus lives.
     """
 
     def __init__(
-        self, *, depth_bonus: Sequence[float] | None, rewrite: Rewrite | None, device: torch.device | str
+        self,
+        *,
+        depth_bonus: Sequence[float] | None,
+        rewrite: Rewrite | None,
+        device: torch.device | str,
+        tiers: Sequence[int] = (),
     ) -> None:
         self.rewrite = rewrite
+        self.tiers = tiers
         self.set_depth_bonus(depth_bonus, device)
 
     def set_depth_bonus(self, bonus: Sequence[float] | None, device: torch.device | str) -> None:
@@ -56,7 +64,10 @@ class TreeStage:
             None if bonus is None else torch.tensor(list(bonus), dtype=torch.float32, device=device)
         )
 
-    def __call__(self, candidates: Candidates, step: Step, batch: object) -> DraftTree:
+    def __call__(
+        self, candidates: Candidates, step: Step, batch: object
+    ) -> tuple[DraftTree, torch.Tensor | None]:
+        """The tree of the step's width, and what the drafter expects of it (None without ``tiers``)."""
         if self.rewrite is not None:
             candidates = self.rewrite(candidates, step, batch)
         good = usable(candidates)
@@ -69,4 +80,8 @@ class TreeStage:
             depth_bonus=None if self.depth_bonus is None else self.depth_bonus[: step.width.depth],
         )
         cut(tree, good)
-        return tree
+        tiers = [t for t in self.tiers if t <= step.width.nodes]
+        if not tiers:
+            return tree, None
+        sampled = None if step.noise is None or step.sampling is None else step.sampling.top_k > 1
+        return tree, reach(tree, candidates, tiers, sampled)

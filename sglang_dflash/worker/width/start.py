@@ -1,0 +1,70 @@
+"""The width stage of a server, at start: what ``SGLANG_DFLASH_WIDTH`` asks for, and what that needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_dflash.upstream.rehearsal import room
+from sglang_dflash.worker.width.control import ControlledWidth
+from sglang_dflash.worker.width.cost import CostTable, load
+from sglang_dflash.worker.width.gain import Gains
+from sglang_dflash.worker.width.learn import SECONDS_CPU, SECONDS_CUDA, measure_costs
+from sglang_dflash.worker.width.policy import FixedWidth, WidthPolicy, make_policy
+from sglang_dflash.worker.width.stage import WidthStage
+from sglang_dflash.worker.width.tiers import TIERS, tiers_up_to
+
+if TYPE_CHECKING:
+    from sglang_dflash.worker.worker import TreeWorker
+
+CONTROL = "control:"
+
+
+def tiers_asked(setting: str) -> Sequence[int]:
+    """Numbers of nodes of which a step's report says what the drafter expected; none where nobody learns."""
+    return TIERS if setting == "auto" or setting.startswith(CONTROL) else ()
+
+
+def start_width(setting: str, worker: TreeWorker) -> WidthStage:
+    """The stage, its cost table filled, and on CUDA a graph for every width that it may choose.
+
+    Args:
+        setting: of ``SGLANG_DFLASH_WIDTH``.
+        worker: with pools, backends and SGLang's own graphs ready.
+    """
+    widest, bridge = worker.max_width, worker.bridge
+    if setting != "auto" and not setting.startswith(CONTROL):
+        pinned = make_policy(setting, widest)
+        if isinstance(pinned, FixedWidth):
+            bridge.capture_tiers([pinned.width.nodes], [pinned.width.block])
+        return WidthStage(pinned, widest)
+    share = bridge.share_or_none()
+    captured = bridge.capture_tiers(tiers_up_to(widest.nodes), range(2, widest.block))
+    cost = load(bridge.fingerprint(), captured=captured, shared=share is not None)
+    if cost is None:
+        cost = CostTable(captured=captured, shared=share is not None)
+        _measure(cost, worker)
+    known = worker.drafter_config.dflash_config
+    auto = WidthPolicy(widest, cost, Gains(widest.block, known.tree_accept, known.tree_accept_sampled))
+    if setting == "auto":
+        return WidthStage(auto, widest, share=share)
+    file = Path(setting.removeprefix(CONTROL))
+    return WidthStage(ControlledWidth(file, auto, lambda text: make_policy(text, widest)), widest)
+
+
+def _measure(cost: CostTable, worker: TreeWorker) -> None:
+    bridge, widest = worker.bridge, worker.max_width
+    most_requests, longest = room(bridge.target, widest.slots)
+    measure_costs(
+        cost,
+        worker.rehearse,
+        widest,
+        most_requests=most_requests,
+        longest=longest,
+        seconds=SECONDS_CUDA if torch.device(bridge.device).type == "cuda" else SECONDS_CPU,
+        fingerprint=bridge.fingerprint(),
+        agree=bridge.share_or_none(),
+    )

@@ -1,0 +1,78 @@
+"""Filling the cost table from rehearsed steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sglang_dflash.step.width import PLAIN, Width
+from sglang_dflash.worker.width.cost import CostTable, load
+from sglang_dflash.worker.width.learn import measure_costs
+
+WIDEST = Width(16, 6)
+FINGERPRINT = {"target": "t", "device": "d"}
+
+
+class Machine:
+    """Steps with a known price, in seconds."""
+
+    def __init__(self) -> None:
+        self.ran: Counter[tuple[Width, int, int]] = Counter()
+
+    def __call__(self, width: Width, requests: int, length: int) -> tuple[float, float, float]:
+        self.ran[width, requests, length] += 1
+        drafter = 0.0 if width.plain else 1e-6 * requests * width.block
+        return drafter, 1e-5 * (10 + requests * width.nodes), 2e-6
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_DFLASH_CACHE", str(tmp_path))
+
+
+def fill(machine: Machine, **more: object) -> CostTable:
+    table = CostTable()
+    options = {"most_requests": 32, "longest": 2048, "seconds": 5.0, "fingerprint": FINGERPRINT} | more
+    measure_costs(table, machine, WIDEST, **options)  # type: ignore[arg-type]
+    return table
+
+
+def test_the_table_says_what_steps_took() -> None:
+    table = fill(Machine())
+    for width, requests in ((PLAIN, 1), (Width(8, 6), 1), (Width(4, 4), 4), (Width(2, 2), 16)):
+        drafter = 0.0 if width.plain else 1e-3 * requests * width.block
+        want = drafter + 1e-2 * (10 + requests * width.nodes) + 2e-3
+        assert table.ms(width, requests, 256) == pytest.approx(want, rel=0.1), (width, requests)
+
+
+def test_one_rehearsed_step_fills_three_cells() -> None:
+    machine = Machine()
+    table = fill(machine)
+    assert sum(machine.ran.values()) < 3 * len(table.cells)  # three runs a cell where none is shared
+    assert all(not width.plain or width == PLAIN for width, _, _ in machine.ran)
+
+
+def test_the_next_start_measures_nothing() -> None:
+    first = fill(Machine())
+    again = load(FINGERPRINT)
+    assert again is not None
+    assert again.cells == first.cells
+    assert load(FINGERPRINT | {"device": "another"}) is None
+
+
+def test_ranks_run_the_same_rehearsals() -> None:
+    said: list[float] = []
+    first = Machine()
+
+    def speak(value: float) -> float:
+        said.append(value)
+        return value
+
+    fill(first, agree=speak, seconds=0.02)
+    heard = iter(said)
+    second = Machine()
+    # Another rank, with another clock and another budget gone: it follows what rank 0 said.
+    fill(second, agree=lambda value: next(heard), seconds=0.02)
+    assert first.ran == second.ran
