@@ -36,22 +36,28 @@ CPU_TABLES = {
 # rows, so twice the block is the cautious choice until `make bench` on a GPU says more.
 GPU_FACTOR = 2
 
+# The greatest width where every step chooses its own: on no CPU measured did more rows ever pay.
+CPU_GREATEST = 16
+
 
 def best_nodes(table: CostTable) -> int:
     rate = {rows: ACCEPT[rows] / ms for rows, ms in zip(table.rows, table.ms, strict=True)}
     return max(rate, key=lambda rows: rate[rows])
 
 
-def default_nodes(*, device: str, dtype: str, block: int) -> int:
+def default_nodes(*, device: str, dtype: str, block: int, pinned: bool) -> int:
     """Node budget N, root included.
 
     Args:
         device: SGLang's device string.
         dtype: the target's dtype as SGLang names it ("auto", "bfloat16", "float32", ...).
         block: the drafter's block size B.
+        pinned: every step takes the whole budget; else the budget is only the most that a step may take.
     """
     if device.startswith("cuda"):
         return GPU_FACTOR * block
+    if not pinned:
+        return CPU_GREATEST
     table = CPU_TABLES.get("float32" if dtype in ("float32", "float") else "bfloat16")
     assert table is not None
     return best_nodes(table)

@@ -13,7 +13,9 @@ from typing import Any
 from sglang_dflash.drafter import DrafterConfig, check_fits, read_config, resolve_folder
 from sglang_dflash.errors import UserError
 from sglang_dflash.plugin.budget import default_nodes
-from sglang_dflash.settings import MAX_NODES
+from sglang_dflash.settings import MAX_NODES, get_settings
+from sglang_dflash.step.width import Width
+from sglang_dflash.worker.width.control import check_setting
 
 MIN_NODES = 2
 CHAIN = "or set SGLANG_DFLASH_MODE=chain"
@@ -60,7 +62,12 @@ def _check(server_args: Any) -> None:
     block = int(cfg.speculative_dflash_block_size or drafter.block)
     chosen = cfg.speculative_num_draft_tokens
     if chosen is None and cfg.speculative_dflash_block_size is None:
-        chosen = default_nodes(device=str(cfg.device), dtype=str(cfg.dtype), block=block)
+        chosen = default_nodes(
+            device=str(cfg.device),
+            dtype=str(cfg.dtype),
+            block=block,
+            pinned=get_settings().width == "fixed",
+        )
         declare_resolution(server_args, "sglang_dflash", speculative_num_draft_tokens=chosen)
     nodes = int(chosen if chosen is not None else block)
     if not MIN_NODES <= nodes <= MAX_NODES:
@@ -68,6 +75,7 @@ def _check(server_args: Any) -> None:
             f"--speculative-num-draft-tokens {nodes} is not a node budget the kernels take; "
             f"choose {MIN_NODES} to {MAX_NODES}"
         )
+    check_setting(get_settings().width, Width(nodes, block))
     if str(cfg.device).startswith("cuda"):
         for name, value in _cuda_backends(cfg):
             declare_resolution(server_args, "sglang_dflash", **{name: value})

@@ -9,7 +9,16 @@ from typing import Any
 
 from sglang_dflash.errors import UserError
 from sglang_dflash.step.width import Width
+from sglang_dflash.worker.width import policy
 from sglang_dflash.worker.width.policy import Policy, WidthPolicy
+
+CONTROL = "control:"
+
+
+def check_setting(setting: str, widest: Width) -> None:
+    """Refuse what is no setting of ``SGLANG_DFLASH_WIDTH``, before anything is loaded. Raises UserError."""
+    if not setting.startswith(CONTROL):
+        policy.check_setting(setting, widest)
 
 
 class ControlledWidth:

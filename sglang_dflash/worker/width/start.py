@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_dflash.upstream.rehearsal import room
-from sglang_dflash.worker.width.control import ControlledWidth
+from sglang_dflash.worker.width.control import CONTROL, ControlledWidth
 from sglang_dflash.worker.width.cost import CostTable, load
 from sglang_dflash.worker.width.gain import Gains
 from sglang_dflash.worker.width.learn import SECONDS_CPU, SECONDS_CUDA, measure_costs
@@ -19,8 +19,6 @@ from sglang_dflash.worker.width.tiers import TIERS, tiers_up_to
 
 if TYPE_CHECKING:
     from sglang_dflash.worker.worker import TreeWorker
-
-CONTROL = "control:"
 
 
 def tiers_asked(setting: str) -> Sequence[int]:
