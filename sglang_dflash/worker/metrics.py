@@ -26,6 +26,7 @@ class Metrics:
         from prometheus_client import Counter, Histogram
 
         names = list(labels)
+        self._labels = dict(labels)
 
         def counter(name: str, text: str) -> Counter:
             return Counter(f"sglang_dflash:{name}", text, names).labels(**labels)
@@ -40,6 +41,11 @@ class Metrics:
             "tree_width", "Tree nodes verified per request and step, root included.", WIDTH_BUCKETS
         )
         self.decode_steps = counter("decode_steps", "Decode steps of the whole batch.")
+        self.width_steps = Counter(
+            "sglang_dflash:width_steps",
+            "Decode steps by width, nodes x block; 1x1 is plain decoding.",
+            [*names, "width"],
+        )
         self.drafted = counter(
             "drafted_tokens", "Depths that request steps had drafts for: the most each could have accepted."
         )
@@ -55,6 +61,7 @@ class Metrics:
 
     def observe(self, result: StepResult) -> None:
         self.decode_steps.inc()
+        self.width_steps.labels(**self._labels, width=str(result.width)).inc()
         for rows, committed in zip(result.rows, result.committed, strict=True):
             if not committed:
                 continue  # ended before this step: nobody sees its tokens

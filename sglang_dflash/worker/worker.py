@@ -35,6 +35,7 @@ from sglang_dflash.worker.tree import TreeStage
 from sglang_dflash.worker.tree.stage import load_rewrite
 from sglang_dflash.worker.verify import VerifyStage
 from sglang_dflash.worker.width import WidthStage, serve
+from sglang_dflash.worker.width.cost import CostFile
 from sglang_dflash.worker.width.policy import FixedWidth
 from sglang_dflash.worker.width.start import start_width, tiers_asked
 
@@ -132,6 +133,7 @@ class TreeWorker(DFlashWorkerV2):
             "num_nodes": self.max_width.nodes,
             "block_size": self.max_width.block,
             "width": self.width.policy.why(),
+            **({"cost_table": str(CostFile.path(self.bridge.fingerprint()))} if self.width.learner else {}),
             "attention": self.bridge.backend_name(),
             "settings": get_settings().model_dump(),
             "drafter_fallbacks": self.health.fallbacks,

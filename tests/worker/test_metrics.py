@@ -47,6 +47,7 @@ def test_a_report_reaches_the_metrics() -> None:
     assert value("accept_length_bucket", le="4.0") == 3
     assert value("tree_width_sum") == 64
     assert value("decode_steps_total") == 2
+    assert value("width_steps_total", width="16x6") == 2
     assert value("drafted_tokens_total") == 4 * 5
     assert value("off_spine_accepts_total") == 2
     assert value("kv_rows_moved_total") == 4
