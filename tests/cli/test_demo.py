@@ -38,12 +38,12 @@ def model(tmp_path: Path) -> Path:
 def plan(model: Path, tmp_path: Path) -> demo.Plan:
     pair = target.Target(model, model, {"plain": [], "tree": []}, {"OMP_NUM_THREADS": "1"}, 10)
     prompts = [Prompt(id="a", kind="chat", prompt="x"), Prompt(id="b", kind="code", prompt="y")]
-    return demo.Plan(pair, "tree", prompts, 4, 31298, tmp_path / "out")
+    return demo.Plan(pair, "tree", prompts, 4, {"plain": 31298, "tree": 31299}, tmp_path / "out")
 
 
 def make_run(model: Path, replies: list[Reply]) -> demo.Run:
     info = ServerInfo(version="0.5.23", model_path=str(model), speculative_num_draft_tokens=8)
-    return demo.Run(info, replies, 30.0)
+    return demo.Run(info, replies, replies, 2.0, 30.0)
 
 
 def test_table_counts_tokens_over_time_and_passes(plan: demo.Plan, model: Path) -> None:
@@ -53,7 +53,7 @@ def test_table_counts_tokens_over_time_and_passes(plan: demo.Plan, model: Path) 
     )
     verdicts = [Verdict("identical"), Verdict("near-tie", 3, 5, 6, 0.125, 0.4)]
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    demo.show(plan, plain, tree, verdicts, console)
+    demo.show(plan, plain, tree, verdicts, [Verdict("identical")] * 2, console)
     text = console.export_text()
     rows = {
         line.split("│")[1].strip(): line.split("│")[2:-1]
@@ -63,7 +63,10 @@ def test_table_counts_tokens_over_time_and_passes(plan: demo.Plan, model: Path) 
     assert [cell.strip() for cell in rows["chat (1)"]] == ["10.0", "10.0", "1.00x", "1.50", "100 %"]
     assert [cell.strip() for cell in rows["code (1)"]] == ["10.0", "30.0", "3.00x", "4.50", "0 %"]
     # All: 40 tokens in 4 s against 40 in 2 s; 30 drafts in 12 passes.
-    assert [cell.strip() for cell in rows["all (2)"]] == ["10.0", "20.0", "2.00x", "3.50", "50 %"]
+    first, second = [line for line in text.splitlines() if line.startswith("│ all (2)")]
+    assert [cell.strip() for cell in first.split("│")[2:-1]] == ["10.0", "20.0", "2.00x", "3.50", "50 %"]
+    # Eight in flight: 40 tokens in 2 s of both.
+    assert [cell.strip() for cell in second.split("│")[2:-1]] == ["20.0", "20.0", "1.00x", "3.50", "100 %"]
     assert "b: near-tie at token 3: plain 5, other 6, logit gap 0.125" in text
     assert "exact: yes" in text
     assert all(len(line) <= 80 for line in text.splitlines())
@@ -71,7 +74,8 @@ def test_table_counts_tokens_over_time_and_passes(plan: demo.Plan, model: Path) 
 
 def test_equal_outputs_start_no_server(plan: demo.Plan, model: Path) -> None:
     run = make_run(model, [make_reply("a", "chat", [1], 1.0)])
-    assert demo.compare(plan, run, run, Progress()) == [Verdict("identical")]
+    nobody = "http://127.0.0.1:1"
+    assert demo.compare(plan, run, run.replies, run.crowd, nobody, Progress()) == [Verdict("identical")]
 
 
 def test_a_demo_of_the_wrong_worker_is_refused() -> None:
@@ -116,11 +120,13 @@ def test_picture_and_data_are_written(plan: demo.Plan, model: Path) -> None:
 @pytest.mark.server
 @pytest.mark.timeout(1200)
 def test_the_whole_demo(tmp_path: Path) -> None:
-    """Two or three server starts: the command as a user runs it, outputs exact."""
+    """Two servers at once: the command as a user runs it, outputs exact, a line per stage in a pipe."""
     command = [sys.executable, "-m", "sglang_dflash.cli.main", "demo", "--out", str(tmp_path)]
     done = subprocess.run([*command, "--prompts", "2", "--max-tokens", "32"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exact: yes" in done.stdout
+    assert "starting the plain and the tree server" in done.stdout
+    assert "tokens/s, 8 in flight" in done.stdout
     content = json.loads((tmp_path / "demo.json").read_text())
     assert len(content["tree"]) == 4
     assert all(reply["verify_passes"] > 0 for reply in content["tree"])

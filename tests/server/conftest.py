@@ -59,9 +59,11 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Serving:
     @contextmanager
     def serve(name: str, args: list[str], **env: str | None) -> Iterator[Client]:
         port = free_port()
-        width = {"SGLANG_DFLASH_WIDTH": PINNED}
+        control = logs / f"{port}-{name}.width"
+        control.write_text(PINNED)
+        width: dict[str, str | None] = {"SGLANG_DFLASH_WIDTH": f"control:{control}"}
         with Server(args, port=port, log=logs / f"{port}-{name}.log", env=quick | width | env) as server:
-            yield Client(server)
+            yield Client(server, control)
 
     return serve
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,13 @@ class Client:
     """A server's native endpoint.
 
     ``generate`` keeps ``batch`` requests in flight and returns the replies in order.
+
+    Args:
+        control: the file that its width follows, where it follows one.
     """
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self, server: Server, control: Path | None = None) -> None:
+        self.server, self.control = server, control
         self.http = httpx.Client(base_url=server.url, timeout=600.0, trust_env=False)
 
     def post(self, **body: Any) -> dict[str, Any]:
@@ -126,6 +129,16 @@ class Client:
         """The replies in order, with ``batch`` requests in flight."""
         with ThreadPoolExecutor(batch) as pool:
             return list(pool.map(lambda body: self.post(**body), bodies))
+
+    @contextmanager
+    def width(self, setting: str) -> Iterator[None]:
+        """Another setting of the width for the length of the block; the server must run under ``control``."""
+        assert self.control is not None, "start the server with a control file"
+        self.control.write_text(setting)
+        try:
+            yield
+        finally:
+            self.control.write_text(PINNED)
 
     def generate(self, requests: Sequence[Request], batch: int, **params: Any) -> list[dict[str, Any]]:
         return self.post_all([body_of(request, **params) for request in requests], batch)

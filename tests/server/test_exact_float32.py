@@ -251,3 +251,46 @@ def test_served_drafter_equals_the_reference(pair: Pair, target: Path, drafter: 
     print(f"{compared} steps, largest difference {worst:.2e}")
     assert compared == STEPS_COMPARED
     assert worst < 2e-3
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_outputs_do_not_depend_on_the_width(seed: int, pair: Pair, tokenizer: Any) -> None:
+    """Another width every step, plain ones among them, in mid-request and in mixed batches."""
+    requests = chat_requests(tokenizer, 40 + 8 * seed, 24)[32 + 8 * seed :]
+    with pair.tree.width(f"random:{seed}"):
+        want, got = of_both(pair, requests, 4)
+        assert got == want
+        with ThreadPoolExecutor(1) as pool:
+            want_later = pool.submit(seeded, pair.plain, requests, 8)
+            assert seeded(pair.tree, requests, 8) == want_later.result()
+        penalty = (
+            {"frequency_penalty": 0.8} if seed == 1 else {"repetition_penalty": 1.3, "min_new_tokens": 20}
+        )
+        want, got = of_both(pair, requests[:4], 4, **penalty)
+        assert got == want
+        steps = pair.tree.info().internal_states[0]["dflash"]["width"]["steps"]
+    assert len(steps) > 20, "the widths did not change"
+    assert "1x1" in steps
+
+
+def test_plain_steps_keep_the_drafter_warm(pair: Pair, tokenizer: Any) -> None:
+    """What the drafter proposes after 200 plain steps is what it proposes where they never were plain."""
+    (request,) = chat_requests(tokenizer, 33, 200)[32:]
+    drafted = {}
+    for name, setting in (("plain", "1x1"), ("tree", "fixed"), ("prefill", None)):
+        assert pair.tree.http.post("/flush_cache", params={"timeout": 60}).status_code == 200
+        if setting is not None:
+            with pair.tree.width(setting):
+                answer = pair.tree.generate([request], 1, ignore_eos=True)[0]["output_ids"]
+        said = Request((*request.ids, *answer[:190]), 8)
+        before = set(pair.tap.iterdir())
+        reply = pair.tree.generate([said], 1, ignore_eos=True)[0]
+        assert reply["output_ids"] == answer[190:198]
+        hit = reply["meta_info"]["cached_tokens"]
+        assert hit >= len(said.ids) - 1 if setting else hit == 0
+        first = min(set(pair.tap.iterdir()) - before)
+        drafted[name] = torch.load(first, weights_only=True)
+    for other in ("plain", "prefill"):
+        assert torch.equal(drafted[other]["ids"][:, 0], drafted["tree"]["ids"][:, 0])
+        gap = (drafted[other]["logprobs"] - drafted["tree"]["logprobs"]).abs().max()
+        assert float(gap) < 1e-5, other
