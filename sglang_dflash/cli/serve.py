@@ -45,36 +45,46 @@ def build_command(argv: Sequence[str]) -> tuple[list[str], dict[str, str | None]
     Raises :class:`UserError` for flags that contradict each other.
     """
     asked, words = mode_of(argv)
+    # SGLang reads the file only where it stands as a word of its own, and says nothing otherwise.
+    words = [part for word in words for part in (word.split("=", 1) if _is_config(word) else [word])]
     from_environment: Mode = "chain" if os.environ.get(MODE_VARIABLE) == "chain" else "tree"
     mode = asked or from_environment
     env: dict[str, str | None] = mode_environment(mode) if asked else {}
-    if flags.flag_value(words, flags.MODEL) is None and flags.flag_value(words, flags.CONFIG) is None:
+    if flags.flag_value(flags.with_config(words), flags.MODEL) is None:
         return _embedded(words, mode), env, True
     return _own_model(words, mode, asked), env, False
 
 
+def _is_config(word: str) -> bool:
+    return word.partition("=")[0] in flags.CONFIG and "=" in word
+
+
 def _embedded(words: list[str], mode: Mode) -> list[str]:
-    algorithm = flags.flag_value(words, flags.ALGORITHM)
+    said = flags.with_config(words)
+    # argparse lets the last of two equal flags win, so the user's words stand behind ours; a file's
+    # would stand before them.
+    named = flags.config_options(words)
+    algorithm = flags.flag_value(said, flags.ALGORITHM)
     if algorithm is not None and algorithm.upper() != "DFLASH":
         # Somebody else's algorithm on our target: theirs to configure.
-        return [*pair_flags(SMOLLM2, "plain"), *words]
-    drafter = flags.flag_value(words, flags.DRAFTER)
-    if mode == "plain" and (algorithm or flags.has_any(words, "--speculative-")):
+        return [*flags.without(pair_flags(SMOLLM2, "plain"), named), *words]
+    drafter = flags.flag_value(said, flags.DRAFTER)
+    if mode == "plain" and (algorithm or flags.has_any(said, "--speculative-")):
         raise UserError("--mode plain and --speculative-* contradict each other; drop one of them")
     if drafter is None or mode == "plain":
         ours = pair_flags(SMOLLM2, mode)
     else:
         ours = [*pair_flags(SMOLLM2, "plain"), "--speculative-algorithm", "DFLASH"]
-    # argparse lets the last of two equal flags win, so the user's words stand behind ours.
-    return [*ours, *words]
+    return [*flags.without(ours, named), *words]
 
 
 def _own_model(words: list[str], mode: Mode, asked: Mode | None) -> list[str]:
-    drafter = flags.flag_value(words, flags.DRAFTER)
-    algorithm = flags.flag_value(words, flags.ALGORITHM)
+    said = flags.with_config(words)
+    drafter = flags.flag_value(said, flags.DRAFTER)
+    algorithm = flags.flag_value(said, flags.ALGORITHM)
     if asked == "plain" and (drafter or algorithm):
         raise UserError("--mode plain and --speculative-* contradict each other; drop one of them")
-    if asked in ("tree", "chain") and drafter is None and flags.flag_value(words, flags.CONFIG) is None:
+    if asked in ("tree", "chain") and drafter is None:
         raise UserError(
             f"--mode {mode} needs a drafter for your model; pass --speculative-draft-model-path "
             "(a DFlash drafter trained for this target)"
@@ -83,7 +93,7 @@ def _own_model(words: list[str], mode: Mode, asked: Mode | None) -> list[str]:
         if drafter.startswith((".", "/", "~")):
             require_drafter(Path(drafter).expanduser())
         return [*words, "--speculative-algorithm", "DFLASH"]
-    if drafter is None and algorithm is None and flags.flag_value(words, flags.CONFIG) is None:
+    if drafter is None and algorithm is None:
         print(
             "note: no drafter named, so this serves plain decoding; "
             "pass --speculative-draft-model-path for draft trees",
@@ -142,8 +152,9 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     command, env, embedded = build_command(argv)
-    host = flags.flag_value(command, flags.HOST) or flags.DEFAULT_HOST
-    port = flags.port_of(command)
+    said = flags.with_config(command)
+    host = flags.flag_value(said, flags.HOST) or flags.DEFAULT_HOST
+    port = flags.port_of(said)
     require_free_port(host, port)
     if embedded:
         fetch_with_progress(SMOLLM2)
@@ -154,7 +165,7 @@ def main(argv: list[str]) -> int:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    name = flags.flag_value(command, flags.SERVED_NAME) or flags.flag_value(command, flags.MODEL) or "default"
+    name = flags.flag_value(said, flags.SERVED_NAME) or flags.flag_value(said, flags.MODEL) or "default"
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     sys.stdout.flush()
     sys.stderr.flush()
