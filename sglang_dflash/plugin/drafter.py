@@ -7,6 +7,7 @@ Layout: z-lab's Hugging Face checkpoints (``config.json`` with ``block_size`` an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from functools import lru_cache
@@ -77,14 +78,17 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
+        wanted = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
         try:
-            return Path(
-                snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"])
-            )
+            return Path(snapshot_download(path, **wanted))
         except Exception as error:
+            # A commit's hash is never looked up in the cache by itself, only asked of the hub.
+            with contextlib.suppress(Exception):
+                return Path(snapshot_download(path, **wanted, local_files_only=True))
             raise UserError(
-                f"the drafter {path!r} is neither a folder nor reachable on the model hub "
-                f"({type(error).__name__}); give a folder to --speculative-draft-model-path"
+                f"the drafter {path!r}{f' of revision {revision}' if revision else ''} is neither a folder nor "
+                f"reachable on the model hub ({type(error).__name__}); give a folder to "
+                "--speculative-draft-model-path"
             ) from error
     raise UserError(f"no drafter at {path!r}; give an existing folder to --speculative-draft-model-path")
 
