@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sglang_dflash.cli import findings
 from sglang_dflash.cli.findings import Finding
+from sglang_dflash.client.access import OPTION_HELP
 from sglang_dflash.client.flags import DEFAULT_HOST, DEFAULT_PORT
 from sglang_dflash.models.registry import SMOLLM2
 
@@ -53,6 +54,7 @@ def report(found: Iterable[Finding], console: Console) -> int:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sglang-dflash doctor", description=__doc__)
     parser.add_argument("--url", help="look at a running server instead, for example http://127.0.0.1:30000")
+    parser.add_argument("--api-key", help=OPTION_HELP)
     parser.add_argument("--host", default=DEFAULT_HOST, help="where serve would listen (%(default)s)")
     parser.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help="where serve would listen (%(default)s)"
@@ -63,7 +65,9 @@ def main(argv: list[str]) -> int:
     logging.disable(logging.CRITICAL)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console(soft_wrap=True)
-    found = findings.running_server(args.url) if args.url else installation(args.host, args.port)
+    found = (
+        findings.running_server(args.url, args.api_key) if args.url else installation(args.host, args.port)
+    )
     bad = report(found, console)
     if bad:
         print(f"{bad} thing{'s' if bad > 1 else ''} to mend", file=sys.stderr)

@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from sglang_dflash.cli.data import TARGET, features_place
+from sglang_dflash.client.access import OPTION_HELP
 from sglang_dflash.errors import UserError
 
 SHIPPED = Path(__file__).parent.parent / "drafters" / "smollm2-135m-instruct"
@@ -38,6 +39,7 @@ class EvalOptions(BaseSettings):
     server: str | None = Field(
         None, description="URL of a running server: the same prompts are sent to it, and both lengths shown"
     )
+    api_key: str | None = Field(None, description=OPTION_HELP)
     json_out: Path | None = Field(None, description="write the numbers here")
     features_dir: Path | None = Field(
         None,
@@ -79,7 +81,9 @@ def main(argv: list[str]) -> int:
     budgets = [int(x) for x in _numbers(o.budgets, "--budgets", "16,32,64")]
     temperatures = _numbers(o.temperature, "--temperature", "0,0.8")
     if o.server:
-        served.policy_of(read_server_info(o.server))  # a server that cannot be judged is refused at once
+        served.policy_of(
+            read_server_info(o.server, api_key=o.api_key)
+        )  # a server that cannot be judged is refused at once
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = DenseTarget(o.target, device=device)
     drafter = load_drafter(o.drafter).to(device, target.dtype).eval()
@@ -110,7 +114,7 @@ def main(argv: list[str]) -> int:
         elif o.write:
             print(f"not stored: tree-32 changes by {gain:+.3f}")
     if o.server:
-        live = served.run(o.server, documents, o.max_new)
+        live = served.run(o.server, documents, o.max_new, o.api_key)
         policy = live.policy
         if policy.block != drafter.config.block:
             tables = [draft_table(drafter, target, d, policy.block) for d in documents]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from packaging.requirements import Requirement
 
-from sglang_dflash.client.info import read_server_info
+from sglang_dflash.client.info import KeyRefusedError, read_server_info
 from sglang_dflash.client.ports import port_is_free
 from sglang_dflash.errors import UserError
 from sglang_dflash.models.cache import free_bytes, models_dir
@@ -247,6 +247,9 @@ def port(host: str, number: int) -> Iterator[Finding]:
         return
     try:
         info = read_server_info(f"http://{host}:{number}", timeout=5.0)
+    except KeyRefusedError as error:
+        yield Finding(True, what, f"a server listens there: {error}")
+        return
     except UserError:
         yield Finding(
             False, what, f"in use on {host}, not by SGLang", "stop what listens there or pass --port"
@@ -255,9 +258,9 @@ def port(host: str, number: int) -> Iterator[Finding]:
     yield Finding(True, what, f"an SGLang server ({info.model_path}) listens there")
 
 
-def running_server(url: str) -> Iterator[Finding]:
+def running_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
     """What a running server says that it is doing."""
-    info = read_server_info(url)
+    info = read_server_info(url, api_key=api_key)
     yield Finding(True, "server", f"SGLang {info.version}, {info.model_path}, device {info.device}")
     if info.speculative_algorithm is None:
         yield Finding(

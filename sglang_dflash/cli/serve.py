@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_dflash.cli.fetch import fetch_with_progress
-from sglang_dflash.client import flags
+from sglang_dflash.client import access, flags
 from sglang_dflash.client.ports import require_free_port
 from sglang_dflash.client.server import wait_ready
 from sglang_dflash.errors import UserError
@@ -102,17 +102,24 @@ def _own_model(words: list[str], mode: Mode, asked: Mode | None) -> list[str]:
     return words
 
 
-def curl_line(url: str, model: str) -> str:
+def curl_line(url: str, model: str, keyed: bool = False) -> str:
+    """A request to try; the key of a ``keyed`` server stays a variable, for logs are read by others."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "max_tokens": 64,
     }
-    return f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    # A certificate seldom names the loopback address, where nobody else can answer.
+    local = " -k" if url.startswith(("https://127.", "https://localhost", "https://[::1]")) else ""
+    key = f' -H "Authorization: Bearer ${access.VARIABLE}"' if keyed else ""
+    return (
+        f"curl -s{local} {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(body)}'"
+    )
 
 
-def _announce(url: str, model: str, server: int) -> None:
-    """Wait for the server of process ``server`` and print the curl line; runs in a process of its own."""
+def _announce(url: str, line: str, server: int) -> None:
+    """Wait for the server of process ``server`` and print ``line``; runs in a process of its own."""
 
     def alive() -> bool:
         try:
@@ -123,13 +130,14 @@ def _announce(url: str, model: str, server: int) -> None:
 
     try:
         if wait_ready(url, alive, _READY_SECONDS):
-            print(f"\nready. Try it:\n\n  {curl_line(url, model)}\n", flush=True)
+            key = f", with the server's key in {access.VARIABLE}" if access.VARIABLE in line else ""
+            print(f"\nready. Try it{key}:\n\n  {line}\n", flush=True)
     except TimeoutError:
         print(f"{url} is not ready after {_READY_SECONDS:.0f} s; see the log above", flush=True)
 
 
-def _watch(url: str, model: str) -> None:
-    """Leave a process behind that prints the curl line; it ends with that, or with the server.
+def _watch(url: str, line: str) -> None:
+    """Leave a process behind that prints the curl ``line``; it ends with that, or with the server.
 
     Forked twice, so that SGLang, which replaces this process, never has a child it does not know.
     """
@@ -142,7 +150,7 @@ def _watch(url: str, model: str) -> None:
         os._exit(0)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            _announce(url, model, server)
+            _announce(url, line, server)
     finally:
         os._exit(0)
 
@@ -169,5 +177,7 @@ def main(argv: list[str]) -> int:
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     sys.stdout.flush()
     sys.stderr.flush()
-    _watch(f"http://{reachable}:{port}", name)
+    scheme = "https" if flags.flag_value(said, flags.CERTIFICATE) else "http"
+    url = f"{scheme}://{reachable}:{port}"
+    _watch(url, curl_line(url, name, keyed=flags.flag_value(said, flags.API_KEY) is not None))
     os.execv(sys.executable, [sys.executable, "-m", "sglang_dflash.cli.launch", *command])

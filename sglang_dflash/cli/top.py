@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 
+from sglang_dflash.client.access import OPTION_HELP
 from sglang_dflash.client.flags import DEFAULT_HOST, DEFAULT_PORT
 from sglang_dflash.client.metrics import PREFIX, Scrape, read_metrics
 from sglang_dflash.errors import UserError
@@ -132,11 +133,11 @@ def render(picture: Frame, url: str) -> Panel:
     return Panel(table, title=f"{picture.model} at {url}", title_align="left", expand=False)
 
 
-def pictures(url: str, every: float) -> Iterator[Panel]:
+def pictures(url: str, every: float, api_key: str | None = None) -> Iterator[Panel]:
     """A frame now and one every ``every`` seconds."""
     before, at = None, time.monotonic()
     while True:
-        now, read = read_metrics(url), time.monotonic()
+        now, read = read_metrics(url, api_key=api_key), time.monotonic()
         yield render(frame(now, before, max(read - at, 1e-3)), url)
         before, at = now, read
         time.sleep(every)
@@ -145,13 +146,14 @@ def pictures(url: str, every: float) -> Iterator[Panel]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sglang-dflash top", description=__doc__)
     parser.add_argument("--url", default=f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", help="default: %(default)s")
+    parser.add_argument("--api-key", help=OPTION_HELP)
     parser.add_argument("--every", type=float, default=2.0, help="seconds between frames (%(default)s)")
     parser.add_argument("--once", action="store_true", help="print one frame and stop")
     args = parser.parse_args(argv)
     if args.every <= 0:
         raise UserError("--every takes seconds above 0")
     console = Console()
-    frames = pictures(args.url, args.every)
+    frames = pictures(args.url, args.every, args.api_key)
     first = next(frames)
     if args.once:
         console.print(first)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import openai
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sglang_dflash.client import access
 from sglang_dflash.errors import UserError
 
 Kind = Literal["chat", "code"]
@@ -87,11 +88,13 @@ def mean_accept_length(replies: Iterable[Reply]) -> float | None:
 
 
 def connect(url: str, timeout: float = 600.0) -> openai.OpenAI:
-    """An ``openai`` client for a local SGLang server: no key, no retries that would hide a failure."""
+    """An ``openai`` client for a local SGLang server: no retries that would hide a failure."""
     import httpx
 
     http = httpx.Client(timeout=timeout, trust_env=False)
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http)
+    return openai.OpenAI(
+        base_url=f"{url}/v1", api_key=access.api_key() or "none", max_retries=0, http_client=http
+    )
 
 
 def _extra(chunk: Any) -> dict[str, Any]:

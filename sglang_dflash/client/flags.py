@@ -16,6 +16,8 @@ HOST = ("--host",)
 PORT = ("--port",)
 SERVED_NAME = ("--served-model-name",)
 CONFIG = ("--config",)
+API_KEY = ("--api-key",)
+CERTIFICATE = ("--ssl-certfile",)
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000

@@ -51,9 +51,9 @@ def parse(text: str) -> Scrape:
     )
 
 
-def read_metrics(url: str, timeout: float = 10.0) -> Scrape:
+def read_metrics(url: str, timeout: float = 10.0, api_key: str | None = None) -> Scrape:
     """Ask a running server; raises :class:`UserError` when it is not there or exports no metrics."""
-    reply = ask(url, "/metrics", timeout)
+    reply = ask(url, "/metrics", timeout, api_key)
     if reply.status_code == 404:
         raise UserError(f"{normalize_url(url)} exports no metrics; start the server with --enable-metrics")
     if reply.status_code != 200:

@@ -85,10 +85,10 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
             # A commit's hash is never looked up in the cache by itself, only asked of the hub.
             with contextlib.suppress(Exception):
                 return Path(snapshot_download(path, **wanted, local_files_only=True))
+            pinned = f" of revision {revision}" if revision else ""
             raise UserError(
-                f"the drafter {path!r}{f' of revision {revision}' if revision else ''} is neither a folder nor "
-                f"reachable on the model hub ({type(error).__name__}); give a folder to "
-                "--speculative-draft-model-path"
+                f"the drafter {path!r}{pinned} is neither a folder nor reachable on the model hub "
+                f"({type(error).__name__}); give a folder to --speculative-draft-model-path"
             ) from error
     raise UserError(f"no drafter at {path!r}; give an existing folder to --speculative-draft-model-path")
 

@@ -143,7 +143,8 @@ def test_the_announcer_reads_the_config_file_too(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(serve.os, "execv", lambda *command: None)
     file = config(tmp_path, model_path="m", port=8000, host="0.0.0.0", served_model_name="mine")
     serve.main(["--config", file])
-    assert seen == [("0.0.0.0", 8000), ("http://127.0.0.1:8000", "mine")]
+    url = "http://127.0.0.1:8000"
+    assert seen == [("0.0.0.0", 8000), (url, serve.curl_line(url, "mine"))]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,31 @@ def test_curl_line_is_a_shell_command_with_a_json_body() -> None:
     words = shlex.split(serve.curl_line("http://127.0.0.1:30000", "a model"))
     assert words[:3] == ["curl", "-s", "http://127.0.0.1:30000/v1/chat/completions"]
     assert json.loads(words[-1])["model"] == "a model"
+
+
+def test_the_announcer_of_a_server_with_a_key_and_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks over https, and its line sends the key, which it does not print."""
+    seen: list[str] = []
+    monkeypatch.setattr(serve, "require_free_port", lambda *where: None)
+    monkeypatch.setattr(serve, "_watch", lambda *what: seen.extend(what))
+    monkeypatch.setattr(serve.os, "execv", lambda *command: None)
+    keyed = ["--model-path", "m", "--api-key", "s3cret", "--ssl-keyfile", "k.pem", "--ssl-certfile", "c.pem"]
+    serve.main(keyed)
+    url, line = seen
+    assert url == "https://127.0.0.1:30000"
+    assert "s3cret" not in line
+    shown = subprocess.run(
+        ["bash", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; {line}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"SGLANG_API_KEY": "s3cret"},
+    ).stdout.splitlines()
+    assert "Authorization: Bearer s3cret" in shown
+    assert "-k" in shown
+    assert f"{url}/v1/chat/completions" in shown
 
 
 def test_nobody_is_let_in_from_outside_or_trusted_unasked(drafter: Path) -> None:

@@ -66,7 +66,7 @@ def test_one_line_and_no_server(
 def test_the_pinned_drafter_is_opened_and_no_other(
     pair: tuple[Path, Path, Path], tmp_path: Path, mode: str
 ) -> None:
-    """``main`` of the hub's cache is damaged, the pinned commit fits: a wrong width is what stops the start."""
+    """``main`` of the hub's cache is damaged, the pinned commit fits: a wrong width stops the start."""
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "config.json").write_text("{")
