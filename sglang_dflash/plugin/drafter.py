@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,15 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
-        wanted = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
+        fetch = partial(
+            snapshot_download, path, revision=revision, allow_patterns=["*.json", "*.safetensors"]
+        )
         try:
-            return Path(snapshot_download(path, **wanted))
+            return Path(fetch())
         except Exception as error:
             # A commit's hash is never looked up in the cache by itself, only asked of the hub.
             with contextlib.suppress(Exception):
-                return Path(snapshot_download(path, **wanted, local_files_only=True))
+                return Path(fetch(local_files_only=True))
             pinned = f" of revision {revision}" if revision else ""
             raise UserError(
                 f"the drafter {path!r}{pinned} is neither a folder nor reachable on the model hub "
