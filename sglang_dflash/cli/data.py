@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,8 +12,9 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from sglang_dflash.errors import UserError
+from sglang_dflash.models.cache import cache_root
 
-CACHE = Path(os.environ.get("SGLANG_DFLASH_CACHE", Path.home() / ".cache" / "sglang-dflash"))
+CACHE = cache_root()
 TARGET = CACHE / "models" / "SmolLM2-135M-Instruct"
 logger = logging.getLogger("sglang_dflash.data")
 

@@ -32,6 +32,7 @@ def installation(host: str, port: int) -> Iterator[Finding]:
     yield from findings.entry_points_visible()
     yield from findings.environment(_accelerator)
     yield from findings.settings()
+    yield from findings.caches()
     yield from findings.hooks()
     yield from findings.platform()
     yield from findings.embedded_pair(SMOLLM2)

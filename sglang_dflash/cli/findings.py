@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 from packaging.requirements import Requirement
 
+from sglang_dflash.client import places
 from sglang_dflash.client.info import KeyRefusedError, read_server_info
 from sglang_dflash.client.ports import port_is_free
 from sglang_dflash.errors import UserError
@@ -155,6 +156,18 @@ def settings() -> Iterator[Finding]:
     yield Finding(True, "settings", current.describe())
 
 
+def caches() -> Iterator[Finding]:
+    """Moves this process's caches too, for the checks below import SGLang."""
+    what = "caches"
+    try:
+        moved = places.settle()
+    except UserError as error:
+        cause, _, mend = str(error).rpartition("; ")
+        yield Finding(False, what, cause, mend)
+        return
+    yield Finding(True, what, str(moved) if moved else "can be written")
+
+
 def hooks() -> Iterator[Finding]:
     """Load the plugins as SGLang does and look whether our functions are in force."""
     what = "hooks"
@@ -168,6 +181,14 @@ def hooks() -> Iterator[Finding]:
     except SystemExit as error:
         yield Finding(
             False, what, str(error).removeprefix("sglang-dflash: "), "mend that and run doctor again"
+        )
+        return
+    except PermissionError as error:
+        yield Finding(
+            False,
+            what,
+            f"{error.filename} cannot be written",
+            "make it writable, or set the variable that moves it",
         )
         return
     except Exception as error:
@@ -208,7 +229,14 @@ def embedded_pair(model: EmbeddedModel) -> Iterator[Finding]:
     else:
         yield Finding(False, what, reason, f"run `sglang-dflash fetch {model.name}`")
         free = free_bytes(models_dir())
-        if free < model.bytes_needed:
+        if not places.writable(models_dir()):
+            yield Finding(
+                False,
+                "disk",
+                f"{models_dir()} cannot be written",
+                "set SGLANG_DFLASH_CACHE to a folder that can",
+            )
+        elif free < model.bytes_needed:
             yield Finding(
                 False,
                 "disk",

@@ -15,6 +15,7 @@ from types import TracebackType
 
 import httpx
 
+from sglang_dflash.client import places
 from sglang_dflash.client.ports import require_free_port
 from sglang_dflash.errors import UserError
 
@@ -108,6 +109,7 @@ class Server:
                 environ.pop(name, None)
             else:
                 environ[name] = value
+        places.settle(environ)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         with self.log.open("wb") as log:
