@@ -5,7 +5,6 @@ Exit code 0 only if all is well.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from sglang_dflash.cli import findings
 from sglang_dflash.cli.findings import Finding
+from sglang_dflash.cli.options import parser_of
 from sglang_dflash.client.access import OPTION_HELP
 from sglang_dflash.client.flags import DEFAULT_HOST, DEFAULT_PORT
 from sglang_dflash.models.registry import SMOLLM2
@@ -53,7 +53,7 @@ def report(found: Iterable[Finding], console: Console) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sglang-dflash doctor", description=__doc__)
+    parser = parser_of(__doc__, "sglang-dflash doctor")
     parser.add_argument("--url", help="look at a running server instead, for example http://127.0.0.1:30000")
     parser.add_argument("--api-key", help=OPTION_HELP)
     parser.add_argument("--host", default=DEFAULT_HOST, help="where serve would listen (%(default)s)")

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_dflash.cli.fetch import fetch_with_progress
+from sglang_dflash.cli.options import description
 from sglang_dflash.client import access, flags
 from sglang_dflash.client.ports import require_free_port
 from sglang_dflash.client.server import wait_ready
@@ -157,7 +158,8 @@ def _watch(url: str, line: str) -> None:
 
 def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
+        usage = "usage: sglang-dflash serve [--mode {plain,chain,tree}] [any flag of SGLang]"
+        print(f"{usage}\n\n{description(__doc__, 'sglang-dflash serve')}")
         return 0
     command, env, embedded = build_command(argv)
     said = flags.with_config(command)

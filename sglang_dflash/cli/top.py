@@ -5,7 +5,6 @@ The server must run with --enable-metrics.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 
+from sglang_dflash.cli.options import parser_of
 from sglang_dflash.client.access import OPTION_HELP
 from sglang_dflash.client.flags import DEFAULT_HOST, DEFAULT_PORT
 from sglang_dflash.client.metrics import PREFIX, Scrape, read_metrics
@@ -144,7 +144,7 @@ def pictures(url: str, every: float, api_key: str | None = None) -> Iterator[Pan
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sglang-dflash top", description=__doc__)
+    parser = parser_of(__doc__, "sglang-dflash top")
     parser.add_argument("--url", default=f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", help="default: %(default)s")
     parser.add_argument("--api-key", help=OPTION_HELP)
     parser.add_argument("--every", type=float, default=2.0, help="seconds between frames (%(default)s)")
