@@ -82,7 +82,7 @@ def frame(now: Scrape, before: Scrape | None, seconds: float) -> Frame:
         model=next((s.labels.get("model_name", "") for s in now.samples if s.name.startswith(PREFIX)), ""),
         running=int(gauge("num_running_reqs")),
         queued=int(gauge("num_queue_reqs")),
-        kv_use=gauge("token_usage"),
+        kv_use=now.greatest("sglang:token_usage"),
         tokens_per_second=gauge("gen_throughput") if before is None else grown("accept_length_sum") / seconds,
         accept_length=per_step("accept_length_sum"),
         width=per_step("tree_width_sum"),
