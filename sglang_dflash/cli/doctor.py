@@ -16,6 +16,7 @@ from rich.console import Console
 from sglang_dflash.cli import findings
 from sglang_dflash.cli.findings import Finding
 from sglang_dflash.cli.options import parser_of
+from sglang_dflash.client import memory
 from sglang_dflash.client.access import OPTION_HELP
 from sglang_dflash.client.flags import DEFAULT_HOST, DEFAULT_PORT
 from sglang_dflash.models.registry import SMOLLM2
@@ -35,6 +36,7 @@ def installation(host: str, port: int) -> Iterator[Finding]:
     yield from findings.caches()
     yield from findings.hooks()
     yield from findings.platform()
+    yield from findings.free_memory(memory.available())
     yield from findings.embedded_pair(SMOLLM2)
     yield from findings.port(host, port)
 

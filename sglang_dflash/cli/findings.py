@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from packaging.requirements import Requirement
 
-from sglang_dflash.client import places
+from sglang_dflash.client import memory, places
 from sglang_dflash.client.info import KeyRefusedError, read_server_info
 from sglang_dflash.client.ports import port_is_free
 from sglang_dflash.errors import UserError
@@ -219,6 +219,20 @@ def platform() -> Iterator[Finding]:
         yield Finding(False, what, f"none can be chosen: {error}", "see the environment variables above")
         return
     yield Finding(True, what, f"{name} ({device})")
+
+
+def free_memory(available: int | None) -> Iterator[Finding]:
+    """``available`` bytes; servers that do not fit are ended by the system, without a word of their own."""
+    what = "memory"
+    if available is None:
+        return
+    needs = {"serve": memory.SERVE, "demo": memory.DEMO, "make test": memory.TESTS}
+    said = ", ".join(f"{name} takes {size / 1e9:.0f} GB" for name, size in needs.items())
+    text = f"{available / 1e9:.1f} GB free; {said}"
+    if available >= memory.SERVE:
+        yield Finding(True, what, text)
+    else:
+        yield Finding(False, what, text, "free some, or serve with a smaller --max-total-tokens")
 
 
 def embedded_pair(model: EmbeddedModel) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ import sys
 
 from sglang_dflash import __version__
 from sglang_dflash.client import places
+from sglang_dflash.client.fast_start import keep_compiled
 from sglang_dflash.errors import UserError
 
 # name -> (module below sglang_dflash.cli, one line for --help). Modules load on use:
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"error: no command {args[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    keep_compiled()
     try:
         if args[0] not in _WRITES_NOTHING and (moved := places.settle()):
             print(f"note: {moved}", file=sys.stderr)

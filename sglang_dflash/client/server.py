@@ -16,6 +16,7 @@ from types import TracebackType
 import httpx
 
 from sglang_dflash.client import places
+from sglang_dflash.client.fast_start import keep_compiled
 from sglang_dflash.client.ports import require_free_port
 from sglang_dflash.errors import UserError
 
@@ -109,6 +110,7 @@ class Server:
                 environ.pop(name, None)
             else:
                 environ[name] = value
+        keep_compiled(environ)
         places.settle(environ)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()

@@ -217,9 +217,9 @@ def test_the_dashboard_adds_up_as_top_does() -> None:
             if name == "sglang:token_usage":
                 assert query == f'max({name}{{model_name=~"$model"}})'
             else:
-                assert around == "pp_rank)", query
+                assert around == "moe_ep_rank)", query
                 assert re.search(
-                    rf"sum(?: by \(le\))? ?\(max without \(tp_rank, pp_rank\) \(\S*{name}", query
+                    rf"sum(?: by \(le\))? ?\(max without \(tp_rank, pp_rank, moe_ep_rank\) \(\S*{name}", query
                 )
 
 
