@@ -32,7 +32,7 @@ class DataOptions(Options):
         None, gt=0, description="begin no new answers after so many minutes, whatever --tokens says"
     )
     prompts: Path | None = Field(
-        None, description="JSONL with 'prompt' or 'messages'; default: self-prompting"
+        None, description="JSON lines, or one array, with 'prompt' or 'messages'; default: self-prompting"
     )
     dataset: str | None = Field(
         None, description="Hugging Face dataset of prompts or conversations: a name, or a folder on disk"

@@ -13,6 +13,7 @@ import openai
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sglang_dflash.client import access
+from sglang_dflash.client.jsonl import read_rows
 from sglang_dflash.errors import UserError
 
 Kind = Literal["chat", "code"]
@@ -30,16 +31,10 @@ class Prompt(BaseModel):
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a JSON-lines prompt file; raises :class:`UserError` naming the file and the bad line."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the prompts {path}: {error.strerror}") from error
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, row in read_rows(path):
         try:
-            prompts.append(Prompt.model_validate_json(line))
+            prompts.append(Prompt.model_validate(row))
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"{path}, line {number}: {first['msg']}") from error
