@@ -109,6 +109,21 @@ def _schedule(text: str) -> tuple[tuple[float, int], ...]:
         raise UserError(f"--schedule {text!r}: write progress:size pairs, e.g. 0:4,0.3:8") from None
 
 
+def ignored(o: TrainOptions, config) -> list[str]:
+    """A line for each option that says of the drafter's shape what the one to continue from does not."""
+    holds = {
+        "layers": config.layers,
+        "block": config.block,
+        "target_layers": list(config.target_layers),
+        "mask_token_id": config.mask_token,
+    }
+    return [
+        f"--{name.replace('_', '-')} {getattr(o, name)} is not used: {o.init_from} has {value}, which holds"
+        for name, value in holds.items()
+        if name in o.model_fields_set and getattr(o, name) != value
+    ]
+
+
 def _drafter(o: TrainOptions, target):
     """A drafter as the options ask: continued, warm or random."""
     import torch
@@ -122,6 +137,8 @@ def _drafter(o: TrainOptions, target):
         drafter = checkpoint.load_drafter(o.init_from)
         if drafter.config.hidden != target.hidden or drafter.config.vocab != target.vocab:
             raise UserError(f"{o.init_from} does not fit the target: hidden size or vocabulary differ")
+        for line in ignored(o, drafter.config):
+            logger.warning(line)
         return drafter.to(target.device, target.dtype)
     mask, name = (o.mask_token_id, "") if o.mask_token_id is not None else Chat(o.target).mask_token()
     if not 0 <= mask < target.vocab:
