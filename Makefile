@@ -40,6 +40,10 @@ $(STAMP): requirements.lock requirements-reference.lock pyproject.toml
 	$$uv pip install -p .venv --require-hashes -r requirements.lock; \
 	$$uv pip install -p .venv -q --no-deps --require-hashes -r requirements-reference.lock; \
 	$$uv pip install -p .venv -q --no-deps -e .
+# Once, with both cores, what every server imports: else the processes of the first one all do it at once.
+	@cd .venv/lib/python3.11/site-packages && \
+	  ../../../bin/python -m compileall -q -j 0 -x 'torch/testing|torch/_inductor/kernel|transformers/models/' \
+	  sglang/srt torch transformers || true
 	@touch $@
 
 fetch: $(STAMP)  ## the embedded target model, into the user's cache
@@ -61,7 +65,8 @@ readme:  ## put what make demo and make bench measured into README.md
 	$(PY) benchmarks/readme.py
 
 # Two processes (lanes: tests/conftest.py) of one thread, as they share two cores with the servers they start.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --no-loadscope-reorder
+# One where less than the 15 GB is free that two take.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --no-loadscope-reorder
 
 test: fetch  ## everything meant to run in 25 minutes on two quiet cores
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)

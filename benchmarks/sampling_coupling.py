@@ -22,7 +22,7 @@ from sglang_dflash.step.sampling import SamplingParams
 from sglang_dflash.train.batches import Document, build_batch
 from sglang_dflash.train.chat import Chat
 from sglang_dflash.train.checkpoint import load_drafter
-from sglang_dflash.train.collect import read_prompts
+from sglang_dflash.train.given import read_prompts
 from sglang_dflash.train.judge import TOP, Table, Walk, tree_accepts
 from sglang_dflash.train.model import Drafter
 from sglang_dflash.train.target import DenseTarget

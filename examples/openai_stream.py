@@ -3,6 +3,8 @@
     sglang-dflash serve                                  # in another terminal
     python examples/openai_stream.py "Write a Python function that reverses a list."
 
+A server started with --api-key takes the key in SGLANG_API_KEY.
+
 Nothing here is special to draft trees: the server speaks the usual protocol, and
 ``return_spec_tokens_details`` is SGLang's own request field for speculative decoding.
 """
@@ -10,6 +12,7 @@ Nothing here is special to draft trees: the server speaks the usual protocol, an
 from __future__ import annotations
 
 import argparse
+import os
 
 import openai
 
@@ -22,7 +25,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     args = parser.parse_args()
 
-    client = openai.OpenAI(base_url=args.url, api_key="none")
+    client = openai.OpenAI(base_url=args.url, api_key=os.environ.get("SGLANG_API_KEY", "none"))
     stream = client.chat.completions.create(
         model="default",
         messages=[{"role": "user", "content": args.prompt}],

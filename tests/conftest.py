@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from sglang_dflash.client import memory
+
 # The tests share two cores with the servers they start: how long one example takes says nothing.
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
@@ -29,6 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: (item.get_closest_marker("server") is None, lane(item.nodeid) != "shared servers")
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two lanes, one where the servers of two do not fit into memory."""
+    free = memory.available()
+    return 1 if free is not None and free < memory.TESTS else 2
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -8,6 +8,7 @@ like any other model. Nothing here needs SGLang.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -279,3 +280,13 @@ if __name__ == "__main__":
     drafter = drafter_spec_for(shape, block_size=options.block_size)
     build_drafter(options.folder / "drafter", shape, drafter, dtype=dtype)
     print(json.dumps({"target": asdict(shape), "drafter": asdict(drafter)}))
+
+
+def cached_snapshot(cache: Path, repo: str, commit: str, source: Path, ref: str | None = None) -> Path:
+    """Put ``source`` into a Hugging Face cache as ``commit`` of ``repo``; with ``ref`` that points to it."""
+    place = cache / f"models--{repo.replace('/', '--')}"
+    folder = shutil.copytree(source, place / "snapshots" / commit)
+    if ref:
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / ref).write_text(commit)
+    return folder

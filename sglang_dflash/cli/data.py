@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
+from sglang_dflash.cli.options import Options, parse
 from sglang_dflash.errors import UserError
+from sglang_dflash.models.cache import cache_root
 
-CACHE = Path(os.environ.get("SGLANG_DFLASH_CACHE", Path.home() / ".cache" / "sglang-dflash"))
+CACHE = cache_root()
 TARGET = CACHE / "models" / "SmolLM2-135M-Instruct"
 logger = logging.getLogger("sglang_dflash.data")
 
 
-class DataOptions(BaseSettings):
+class DataOptions(Options):
     """Make (or grow) a corpus: prompts from a JSONL file, or written by the target itself.
 
     Run it again to continue; the same folder grows until --tokens response tokens are there.
     """
-
-    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True)
 
     target: Path = Field(TARGET, description="target model folder")
     out: Path = Field(CACHE / "corpus", description="corpus folder (created, or continued)")
@@ -34,7 +32,7 @@ class DataOptions(BaseSettings):
         None, gt=0, description="begin no new answers after so many minutes, whatever --tokens says"
     )
     prompts: Path | None = Field(
-        None, description="JSONL with 'prompt' or 'messages'; default: self-prompting"
+        None, description="JSON lines, or one array, with 'prompt' or 'messages'; default: self-prompting"
     )
     dataset: str | None = Field(
         None, description="Hugging Face dataset of prompts or conversations: a name, or a folder on disk"
@@ -56,7 +54,9 @@ class DataOptions(BaseSettings):
         description="what decodes: our batched generator, or SGLang's offline engine (any model SGLang "
         "serves, no --features); auto: sglang on CUDA without --features, else own",
     )
-    features: str = Field("", description="also cache features of these target layers, e.g. 1,8,15,22,28")
+    features: list[int] = Field(
+        [], description="also cache features of these target layers, e.g. 1,8,15,22,28"
+    )
     features_dir: Path | None = Field(None, description="where; default: <cache>/features/<corpus name>")
     threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
     describe: bool = Field(False, description="only say what the corpus holds")
@@ -79,7 +79,7 @@ def features_place(given: Path | None, corpora: list[Path], folder: Path) -> Pat
 
 
 def main(argv: list[str]) -> int:
-    options = CliApp.run(DataOptions, cli_args=argv)
+    options = parse(DataOptions, "sglang-dflash data", argv)
     import torch
 
     from sglang_dflash.train.chat import Chat
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
         options.engine == "auto" and device == "cuda" and not options.features
     )
     target = TargetName.of(options.target) if by_engine else DenseTarget(options.target, device=device)
-    layers = tuple(int(x) for x in options.features.split(",")) if options.features else None
+    layers = tuple(options.features) or None
     settings = Settings(
         out=options.out,
         response_tokens=options.tokens,

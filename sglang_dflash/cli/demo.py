@@ -11,7 +11,6 @@ Writes out/demo.png (accept length by prompt kind), out/demo.txt (the tables) an
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from rich.progress import (
 from rich.table import Table
 
 from sglang_dflash.cli import target
+from sglang_dflash.cli.options import parser_of
 from sglang_dflash.cli.plots import accept_length_by_kind
 from sglang_dflash.client.chat import Prompt, Reply, connect, mean_accept_length, read_prompts, stream_reply
 from sglang_dflash.client.exact import ServerOracle, Verdict, judge, tally
@@ -267,9 +267,7 @@ def write(plan: Plan, plain: Run, other: Run, verdicts: Sequence[Verdict]) -> li
 
 
 def make_plan(argv: list[str]) -> Plan:
-    parser = argparse.ArgumentParser(
-        prog="sglang-dflash demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "sglang-dflash demo")
     target.add_arguments(parser)
     parser.add_argument("--prompts", type=int, default=8, help="prompts of each kind (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens per reply (%(default)s)")

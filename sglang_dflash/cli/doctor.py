@@ -5,7 +5,6 @@ Exit code 0 only if all is well.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -16,6 +15,9 @@ from rich.console import Console
 
 from sglang_dflash.cli import findings
 from sglang_dflash.cli.findings import Finding
+from sglang_dflash.cli.options import parser_of
+from sglang_dflash.client import memory
+from sglang_dflash.client.access import OPTION_HELP
 from sglang_dflash.client.flags import DEFAULT_HOST, DEFAULT_PORT
 from sglang_dflash.models.registry import SMOLLM2
 
@@ -31,8 +33,10 @@ def installation(host: str, port: int) -> Iterator[Finding]:
     yield from findings.entry_points_visible()
     yield from findings.environment(_accelerator)
     yield from findings.settings()
+    yield from findings.caches()
     yield from findings.hooks()
     yield from findings.platform()
+    yield from findings.free_memory(memory.available())
     yield from findings.embedded_pair(SMOLLM2)
     yield from findings.port(host, port)
 
@@ -51,8 +55,9 @@ def report(found: Iterable[Finding], console: Console) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sglang-dflash doctor", description=__doc__)
+    parser = parser_of(__doc__, "sglang-dflash doctor")
     parser.add_argument("--url", help="look at a running server instead, for example http://127.0.0.1:30000")
+    parser.add_argument("--api-key", help=OPTION_HELP)
     parser.add_argument("--host", default=DEFAULT_HOST, help="where serve would listen (%(default)s)")
     parser.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help="where serve would listen (%(default)s)"
@@ -63,7 +68,9 @@ def main(argv: list[str]) -> int:
     logging.disable(logging.CRITICAL)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console(soft_wrap=True)
-    found = findings.running_server(args.url) if args.url else installation(args.host, args.port)
+    found = (
+        findings.running_server(args.url, args.api_key) if args.url else installation(args.host, args.port)
+    )
     bad = report(found, console)
     if bad:
         print(f"{bad} thing{'s' if bad > 1 else ''} to mend", file=sys.stderr)

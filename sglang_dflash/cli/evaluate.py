@@ -6,24 +6,24 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from sglang_dflash.cli.data import TARGET, features_place
+from sglang_dflash.cli.options import Options, parse
+from sglang_dflash.client.access import OPTION_HELP
 from sglang_dflash.errors import UserError
 
 SHIPPED = Path(__file__).parent.parent / "drafters" / "smollm2-135m-instruct"
 logger = logging.getLogger("sglang_dflash.eval")
 
 
-class EvalOptions(BaseSettings):
+class EvalOptions(Options):
     """Judge a drafter offline (and, with --server, against a running server's accept length).
 
     Answers come from a corpus's held-out split, or are generated now for the prompts of a JSONL file.
     """
-
-    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True)
 
     drafter: Path = Field(SHIPPED, description="drafter folder")
     target: Path = Field(TARGET, description="target model folder")
@@ -31,19 +31,24 @@ class EvalOptions(BaseSettings):
     prompts: Path | None = Field(None, description="judge on these prompts (JSONL: kind, prompt)")
     limit: int = Field(0, ge=0, description="at most so many answers; 0: all")
     max_new: int = Field(200, ge=16, description="longest generated answer, tokens")
-    temperature: str = Field("0", description="temperatures of generated answers, e.g. 0,0.8")
-    budgets: str = Field("16,32,64", description="tree node budgets, root included")
+    temperature: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.0], description="temperatures of generated answers, e.g. 0 0.8"
+    )
+    budgets: list[Annotated[int, Field(ge=2)]] = Field(
+        [16, 32, 64], description="tree node budgets, root included"
+    )
     calibrate: bool = Field(False, description="fit tree_depth_bonus on training answers and judge with it")
     write: bool = Field(False, description="with --calibrate: store it in the drafter's config if it helps")
     server: str | None = Field(
         None, description="URL of a running server: the same prompts are sent to it, and both lengths shown"
     )
+    api_key: str | None = Field(None, description=OPTION_HELP)
     json_out: Path | None = Field(None, description="write the numbers here")
     features_dir: Path | None = Field(
         None,
         description="feature cache, a folder in it per corpus if several; default <cache>/features/<corpus>",
     )
-    seed: int = 0
+    seed: int = Field(0, description="of sampled answers")
     threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
 
 
@@ -61,7 +66,7 @@ def _documents(o: EvalOptions, target, layers: tuple[int, ...], split: str = "he
 
 
 def main(argv: list[str]) -> int:
-    o = CliApp.run(EvalOptions, cli_args=argv)
+    o = parse(EvalOptions, "sglang-dflash eval", argv)
     import torch
 
     from sglang_dflash.client.info import read_server_info
@@ -76,17 +81,17 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(o.threads)
     if not o.corpus and o.prompts is None:
         raise UserError("nothing to judge on: give --corpus (held-out split) or --prompts FILE.jsonl")
-    budgets = [int(x) for x in _numbers(o.budgets, "--budgets", "16,32,64")]
-    temperatures = _numbers(o.temperature, "--temperature", "0,0.8")
     if o.server:
-        served.policy_of(read_server_info(o.server))  # a server that cannot be judged is refused at once
+        served.policy_of(
+            read_server_info(o.server, api_key=o.api_key)
+        )  # a server that cannot be judged is refused at once
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = DenseTarget(o.target, device=device)
     drafter = load_drafter(o.drafter).to(device, target.dtype).eval()
     layers = drafter.config.target_layers
     documents = _documents(o, target, layers, limit=o.limit)
     if o.prompts is not None:
-        for temperature in temperatures:
+        for temperature in o.temperature:
             documents += answers.answer_prompts(
                 target, o.target, o.prompts, layers, o.max_new, temperature, o.limit, o.seed
             )
@@ -94,13 +99,13 @@ def main(argv: list[str]) -> int:
     stored = read_config(o.drafter)[1].get("tree_depth_bonus")
     bonus = torch.tensor(stored) if stored else None
     result = {"drafter": str(o.drafter.name), "block": drafter.config.block, "max_new": o.max_new}
-    found = judge_tables(tables, budgets, bonus)
+    found = judge_tables(tables, o.budgets, bonus)
     result["offline"] = {name: j.as_dict() for name, j in found.items()}
     print(render(found))
     if o.calibrate:
         fit_on = [draft_table(drafter, target, d) for d in _documents(o, target, layers, "train", 60)]
         fitted = calibrate.fit_depth_bonus(fit_on or tables, nodes=32)
-        after = judge_tables(tables, budgets, fitted)
+        after = judge_tables(tables, o.budgets, fitted)
         print(f"fitted tree_depth_bonus {[round(x, 3) for x in fitted.tolist()]}\n{render(after)}")
         result["calibrated"] = {name: j.as_dict() for name, j in after.items()}
         gain = after["all"].walks["tree-32"].length - found["all"].walks["tree-32"].length
@@ -110,7 +115,7 @@ def main(argv: list[str]) -> int:
         elif o.write:
             print(f"not stored: tree-32 changes by {gain:+.3f}")
     if o.server:
-        live = served.run(o.server, documents, o.max_new)
+        live = served.run(o.server, documents, o.max_new, o.api_key)
         policy = live.policy
         if policy.block != drafter.config.block:
             tables = [draft_table(drafter, target, d, policy.block) for d in documents]
@@ -123,13 +128,6 @@ def main(argv: list[str]) -> int:
     if o.json_out:
         o.json_out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
-
-
-def _numbers(text: str, flag: str, example: str) -> list[float]:
-    try:
-        return [float(x) for x in text.split(",")]
-    except ValueError:
-        raise UserError(f"{flag} {text!r}: write e.g. {example}") from None
 
 
 def render(found) -> str:

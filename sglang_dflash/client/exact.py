@@ -26,6 +26,7 @@ from typing import Literal, Protocol
 
 import httpx
 
+from sglang_dflash.client import access
 from sglang_dflash.errors import UserError
 
 # Largest relative error of one logit. bf16 and fp16 products accumulate in float32 and round once:
@@ -143,7 +144,7 @@ class ServerOracle:
     """
 
     def __init__(self, url: str, vocab_size: int, timeout: float = 600.0) -> None:
-        self._http = httpx.Client(base_url=url, timeout=timeout, trust_env=False)
+        self._http = httpx.Client(base_url=url, headers=access.headers(), timeout=timeout, trust_env=False)
         self._vocab_size = vocab_size
 
     def close(self) -> None:

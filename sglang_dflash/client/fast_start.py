@@ -1,4 +1,4 @@
-"""Start SGLang without importing model families that this server cannot need.
+"""Start SGLang without importing model families that this server cannot need, nor compiling twice.
 
 SGLang imports every module of ``sglang.srt.models`` in each process it starts, which is most of the
 start-up of a small model on CPU. ``SGLANG_DISABLED_MODEL_ARCHS`` is its own setting to leave some out.
@@ -6,14 +6,27 @@ start-up of a small model on CPU. ``SGLANG_DISABLED_MODEL_ARCHS`` is its own set
 
 from __future__ import annotations
 
+import os
 import pkgutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, MutableMapping
 from importlib.util import find_spec
 
 VARIABLE = "SGLANG_DISABLED_MODEL_ARCHS"
 
 # The embedded target's family and the drafter's, by module name in sglang.srt.models.
 EMBEDDED = ("llama", "dflash")
+
+
+def keep_compiled(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let Python keep the modules it compiles, in this process too where ``environ`` is its own.
+
+    With ``PYTHONDONTWRITEBYTECODE``, common in containers, each process of each server compiles SGLang's
+    and torch's thousands of modules anew: 33 s.
+    """
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if environ is os.environ:
+        sys.dont_write_bytecode = False
 
 
 def disabled_models(keep: Iterable[str]) -> str:

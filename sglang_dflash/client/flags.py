@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from pathlib import Path
+
+import yaml
 
 from sglang_dflash.errors import UserError
 
@@ -13,6 +16,8 @@ HOST = ("--host",)
 PORT = ("--port",)
 SERVED_NAME = ("--served-model-name",)
 CONFIG = ("--config",)
+API_KEY = ("--api-key",)
+CERTIFICATE = ("--ssl-certfile",)
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
@@ -45,6 +50,62 @@ def port_of(argv: Sequence[str]) -> int:
         return int(text)
     except ValueError as error:
         raise UserError(f"--port {text!r} is not a number") from error
+
+
+def config_options(argv: Sequence[str]) -> dict[str, object]:
+    """The options in the file of ``--config``, by flag name; empty without one.
+
+    Raises :class:`UserError` for a file that SGLang would not take.
+    """
+    name = flag_value(argv, CONFIG)
+    if name is None:
+        return {}
+    if sum(word.partition("=")[0] in CONFIG for word in argv) > 1:
+        raise UserError("--config is given twice; SGLang takes one file")
+    file = Path(name)
+    if file.suffix.lower() not in (".yaml", ".yml"):
+        raise UserError(f"--config {file}: SGLang takes a file named .yaml or .yml")
+    try:
+        options = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"--config {file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {file}{where} is not YAML; write lines such as `port: 8000`") from None
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise UserError(f"--config {file} is not a table; write lines such as `port: 8000`")
+    for key in map(str, options):
+        if "_" in key:
+            raise UserError(f"--config {file}: write {key.replace('_', '-')}, as in the flag, not {key}")
+    return {f"--{key}": value for key, value in options.items()}
+
+
+def with_config(argv: Sequence[str]) -> list[str]:
+    """``argv`` behind the options of its ``--config`` file, to read flags from: SGLang ranks them so.
+
+    A switch that is off in the file is as good as absent.
+    """
+    words = [
+        name if value is True else f"{name}={value}"
+        for name, value in config_options(argv).items()
+        if value is not None and value is not False
+    ]
+    return [*words, *argv]
+
+
+def without(argv: Sequence[str], names: Container[str]) -> list[str]:
+    """``argv`` less the flags ``names`` and their values."""
+    kept: list[str] = []
+    keep = True
+    for word in argv:
+        if word.startswith("--"):
+            keep = word.partition("=")[0] not in names
+        if keep:
+            kept.append(word)
+    return kept
 
 
 def has_any(argv: Sequence[str], prefix: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, ConfigDict
 
+from sglang_dflash.client import access
 from sglang_dflash.errors import UserError
 
 
@@ -60,21 +61,48 @@ def normalize_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def ask(url: str, path: str, timeout: float) -> httpx.Response:
-    """GET ``path`` of a running server; raises :class:`UserError` when nobody answers."""
+class KeyRefusedError(UserError):
+    """The server wants an API key, or another one."""
+
+
+def refuse_key(base: str, api_key: str | None) -> KeyRefusedError:
+    """What to say of an answer 401 from ``base``, to a request with this key."""
+    if access.api_key(api_key):
+        return KeyRefusedError(f"{base} does not take this API key; it was started with another --api-key")
+    return KeyRefusedError(f"{base} wants an API key; pass --api-key or set {access.VARIABLE}")
+
+
+def ask(url: str, path: str, timeout: float, api_key: str | None = None) -> httpx.Response:
+    """GET ``path`` of a running server.
+
+    Raises :class:`UserError` when nobody answers, :class:`KeyRefusedError` for an answer 401.
+    """
     base = normalize_url(url)
     try:
         # Proxy settings are for the world outside; a server on this machine is not reached by them.
-        return httpx.get(f"{base}{path}", timeout=timeout, trust_env=False)
+        reply = httpx.get(
+            f"{base}{path}",
+            headers=access.headers(api_key),
+            timeout=timeout,
+            trust_env=False,
+            verify=access.trust(base),
+        )
     except httpx.HTTPError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise UserError(
+                f"the certificate of {base} is not trusted here; name it in SSL_CERT_FILE"
+            ) from error
         raise UserError(f"no answer from {base} ({type(error).__name__}); is the server running?") from error
     except (httpx.InvalidURL, ValueError) as error:
         raise UserError(f"{url!r} is not a URL; write for example http://127.0.0.1:30000") from error
+    if reply.status_code == 401:
+        raise refuse_key(base, api_key)
+    return reply
 
 
-def read_server_info(url: str, timeout: float = 30.0) -> ServerInfo:
+def read_server_info(url: str, timeout: float = 30.0, api_key: str | None = None) -> ServerInfo:
     """Ask a running server; raises :class:`UserError` when it does not answer as SGLang does."""
-    reply = ask(url, "/server_info", timeout)
+    reply = ask(url, "/server_info", timeout, api_key)
     if reply.status_code != 200:
         raise UserError(f"{reply.url} answered {reply.status_code}; is this an SGLang server?")
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import contextlib
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,18 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
+        fetch = partial(
+            snapshot_download, path, revision=revision, allow_patterns=["*.json", "*.safetensors"]
+        )
         try:
-            return Path(
-                snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"])
-            )
+            return Path(fetch())
         except Exception as error:
+            # A commit's hash is never looked up in the cache by itself, only asked of the hub.
+            with contextlib.suppress(Exception):
+                return Path(fetch(local_files_only=True))
+            pinned = f" of revision {revision}" if revision else ""
             raise UserError(
-                f"the drafter {path!r} is neither a folder nor reachable on the model hub "
+                f"the drafter {path!r}{pinned} is neither a folder nor reachable on the model hub "
                 f"({type(error).__name__}); give a folder to --speculative-draft-model-path"
             ) from error
     raise UserError(f"no drafter at {path!r}; give an existing folder to --speculative-draft-model-path")

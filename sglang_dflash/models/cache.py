@@ -43,7 +43,7 @@ def make_dir(path: Path, mend: str = "name another folder") -> Path:
 
 def free_bytes(path: Path) -> int:
     """Free bytes on the file system that holds ``path`` or will hold it."""
-    while not path.exists():
+    while not os.path.exists(path):  # not Path.exists, which raises where a parent may not be read
         path = path.parent
     return shutil.disk_usage(path).free
 

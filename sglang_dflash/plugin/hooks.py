@@ -96,11 +96,13 @@ def resolve_alias(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """AROUND ``_resolve_speculative_algorithm_alias``: the first place SGLang opens the drafter."""
-    if str(speculative_algorithm).upper() == "DFLASH" and get_settings().mode == "tree":
-        from sglang_dflash.plugin.start import check_drafter_readable
+    """AROUND ``_resolve_speculative_algorithm_alias``: DFLASH has no alias.
 
-        check_drafter_readable(speculative_draft_model_path)
+    SGLang would open the drafter for that, whatever its revision, and end in a traceback where it is not
+    there; ``handle_dflash`` opens the right one and says what is wrong in one line.
+    """
+    if str(speculative_algorithm).upper() == "DFLASH":
+        return "DFLASH"
     return original(speculative_algorithm, speculative_draft_model_path, *args, **kwargs)
 
 

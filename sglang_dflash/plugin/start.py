@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_dflash.drafter import DrafterConfig, check_fits, read_config, resolve_folder
+from sglang_dflash.drafter import DrafterConfig, check_fits, resolve_folder
 from sglang_dflash.errors import UserError
 from sglang_dflash.plugin.budget import default_nodes
 from sglang_dflash.settings import MAX_NODES, get_settings
@@ -19,20 +19,6 @@ from sglang_dflash.worker.width.control import check_setting
 
 MIN_NODES = 2
 CHAIN = "or set SGLANG_DFLASH_MODE=chain"
-
-
-def check_drafter_readable(path: str | None) -> None:
-    """Check that there is a drafter at all, before SGLang opens it.
-
-    Raises:
-        SystemExit: one line with the cause and the mend.
-    """
-    try:
-        if path is None:
-            raise UserError("DFLASH needs a drafter; give its folder to --speculative-draft-model-path")
-        read_config(resolve_folder(path))
-    except UserError as error:
-        raise SystemExit(f"sglang-dflash: {error}") from None
 
 
 def check_start(server_args: Any) -> None:
@@ -51,6 +37,8 @@ def _check(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     cfg = resolving_view(server_args)
+    if cfg.speculative_draft_model_path is None:
+        raise UserError("DFLASH needs a drafter; give its folder to --speculative-draft-model-path")
     target = _target_config(cfg)
     folder = resolve_folder(cfg.speculative_draft_model_path, cfg.speculative_draft_model_revision)
     drafter = check_fits(folder, target=target, target_name=cfg.served_model_name or cfg.model_path)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from sglang_dflash.train.batches import Document
+from sglang_dflash.errors import UserError
+from sglang_dflash.train.batches import SHORTEST, Document
 from sglang_dflash.train.chat import Chat
-from sglang_dflash.train.collect import read_prompts
 from sglang_dflash.train.generate import Generator, Job
+from sglang_dflash.train.given import read_prompts
 from sglang_dflash.train.target import DenseTarget
+
+logger = logging.getLogger("sglang_dflash.eval")
 
 
 def answer_prompts(
@@ -55,7 +59,12 @@ def answer_prompts(
     for done in generator.run(source):
         assert isinstance(done.job.tag, tuple)
         index, kind = done.job.tag
-        if len(done.tokens) - len(done.job.prompt) >= 2:
+        if len(done.tokens) - len(done.job.prompt) >= SHORTEST:
             tokens = torch.tensor(done.tokens)
             out[index] = Document(tokens, len(done.job.prompt), kind, temperature, done.planes)
+    if left := len(jobs) - len(out):
+        short = f"{prompts}: {left} of {len(jobs)} answers have fewer than {SHORTEST} tokens"
+        if not out:
+            raise UserError(f"{short}; nothing is left to judge on")
+        logger.info("%s and are left out", short)
     return [out[i] for i in sorted(out)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left, insort
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -15,6 +16,10 @@ from sglang_dflash.train import corpus
 from sglang_dflash.train.features import FeatureWriter
 from sglang_dflash.train.masks import Layout
 from sglang_dflash.train.prompts import family, prompt_hash
+
+#: Tokens of the shortest answer that a block fits into: an anchor, and a token to draft.
+SHORTEST = 2
+logger = logging.getLogger("sglang_dflash.train")
 
 
 @dataclass
@@ -67,15 +72,20 @@ def load_documents(
     exclude: set[int] | None = None,
     greedy_only: bool = False,
 ) -> list[Document]:
-    """Documents of one split, features computed where the cache lacks them."""
+    """Documents of one split, features computed where the cache lacks them.
+
+    Answers of fewer than 2 tokens, where there is nothing to draft, are left out and counted in the log.
+    """
     out: list[Document] = []
+    short = 0
     for shard in corpus.load_split(folders, split):
         planes = None
         for i in range(len(shard)):
             if (exclude and int(shard.hash[i]) in exclude) or (greedy_only and shard.temperature[i] > 0):
                 continue
             a, b = int(shard.offsets[i]), int(shard.offsets[i + 1])
-            if b - a - int(shard.prompt_len[i]) < 2:
+            if b - a - int(shard.prompt_len[i]) < SHORTEST:
+                short += 1
                 continue
             if planes is None:
                 planes = writer.open(shard)
@@ -91,14 +101,18 @@ def load_documents(
             )
             if limit is not None and len(out) >= limit:
                 return out
+    left_out = f"{short} {split} answers of fewer than {SHORTEST} tokens left out" if short else ""
     if not out:
-        raise UserError(f"no usable {split} documents in {', '.join(map(str, folders))}")
+        why = f" ({left_out})" if short else ""
+        raise UserError(f"no usable {split} documents in {', '.join(map(str, folders))}{why}")
+    if short:
+        logger.info(left_out)
     return out
 
 
 def excluded_hashes(paths: list[Path]) -> set[int]:
     """Hashes of prompts that must not be trained on (benchmark prompts)."""
-    from sglang_dflash.train.collect import read_prompts
+    from sglang_dflash.train.given import read_prompts
 
     return {prompt_hash(text) for path in paths if path.is_file() for _, text in read_prompts(path)}
 

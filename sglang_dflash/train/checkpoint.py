@@ -217,7 +217,11 @@ def balance_fusion(drafter: Drafter, features: torch.Tensor) -> None:
     Residual streams grow with depth and hold a few huge channels; unscaled, the fused feature
     would start as those channels alone. ``features`` [n, planes, hidden] are a sample.
     """
-    spread = features.float().flatten(1).std(0)
+    flat = features.float().flatten(1)
+    spread = flat.std(0, correction=0)
+    if not spread.median() > 0:
+        # One token, or equal ones, have no spread: their size stands for it.
+        spread = flat.square().mean(0).sqrt()
     drafter.fc.weight.mul_(0.5 / spread.clamp_min(spread.median() * 0.05))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -12,16 +12,19 @@ from pathlib import Path
 
 import torch
 
-from sglang_dflash.errors import UserError
 from sglang_dflash.train import corpus
 from sglang_dflash.train.chat import Chat
 from sglang_dflash.train.corpus import Record
 from sglang_dflash.train.engine import EngineGenerator
 from sglang_dflash.train.features import FeatureWriter
 from sglang_dflash.train.generate import Done, Generator, Job
+from sglang_dflash.train.given import read_dataset, read_prompts, summary
 from sglang_dflash.train.prompts import Opener, clean_turn, is_held_out, openers, prompt_hash
 from sglang_dflash.train.target import DenseTarget, TargetName
 from sglang_dflash.train.templates import template_prompts
+
+SHORTEST = 8  # tokens of an answer: below it there is too little to draft
+logger = logging.getLogger("sglang_dflash.data")
 
 
 @dataclass
@@ -56,65 +59,6 @@ class Progress:
     records: int
 
 
-def _turn(row: dict) -> tuple[str, str] | None:
-    """(kind, text) of ``prompt`` or ``instruction``, or of the first user turn of a conversation."""
-    text = row.get("prompt") or row.get("instruction")
-    for turn in row.get("messages") or row.get("conversations") or []:
-        if text is None and (turn.get("role") or turn.get("from")) in ("user", "human"):
-            text = turn.get("content") or turn.get("value")
-    if not isinstance(text, str) or not text.strip():
-        return None
-    return ("code" if row.get("kind") == "code" else "chat"), text.strip()
-
-
-def read_dataset(name: str, split: str) -> Iterator[tuple[str, str]]:
-    """(kind, text) of a Hugging Face dataset: a name on the hub, or a folder of ``save_to_disk``."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("--dataset needs the datasets package: pip install sglang-dflash[train]") from None
-    try:
-        if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(name)
-            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-        else:
-            rows = datasets.load_dataset(name, split=split)
-    except Exception as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot load dataset {name}, split {split}: {why}") from None
-    usable = 0
-    for row in rows:
-        if (turn := _turn(row)) is not None:
-            usable += 1
-            yield turn
-    if not usable:
-        raise UserError(
-            f"dataset {name} has no usable turn: its columns are {', '.join(rows.column_names)}, needed is "
-            "'prompt', 'instruction', 'messages' or 'conversations'"
-        )
-
-
-def read_prompts(path: Path) -> Iterator[tuple[str, str]]:
-    """(kind, text) of a JSONL file: ``prompt``, or the first user turn of ``messages``."""
-    usable = 0
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}:{number} is not JSON: one object per line is needed") from None
-        if (turn := _turn(row)) is not None:
-            usable += 1
-            yield turn
-    if not usable:
-        raise UserError(f"{path} has no usable turn: 'prompt', 'instruction' or 'messages' with a user turn")
-
-
 class Collector:
     """Drives one generator: openers become prompts, prompts become records, records shards.
 
@@ -127,6 +71,7 @@ class Collector:
         self.pending: dict[str, list[Record]] = {split: [] for split in corpus.SPLITS}
         self.planes: dict[str, list[torch.Tensor]] = {split: [] for split in corpus.SPLITS}
         self.seen: set[int] = set()
+        self.left_out: Counter[str] = Counter()  # given rows and answers that did not enter, by reason
         self.tokens = self.records = 0
         self.next_index: Counter[str] = Counter()
         self._resume()
@@ -140,9 +85,11 @@ class Collector:
             # Finite: when every template is used up, the corpus is as large as templates make it.
             self.templates = self._fresh(itertools.islice(template_prompts(first), 200_000))
         elif settings.dataset is not None:
-            self.ready.extend(self._fresh(read_dataset(settings.dataset, settings.dataset_split)))
+            self.ready.extend(
+                self._fresh(read_dataset(settings.dataset, settings.dataset_split, self.left_out))
+            )
         elif settings.prompts is not None:
-            self.ready.extend(self._fresh(read_prompts(settings.prompts)))
+            self.ready.extend(self._fresh(read_prompts(settings.prompts, self.left_out)))
         else:
             start = self.next_index["train"]
             self.openers = openers(settings.seed * 100003 + start)
@@ -161,9 +108,11 @@ class Collector:
     def _fresh(self, prompts) -> Iterator[tuple[str, str]]:
         for kind, text in prompts:
             value = prompt_hash(text)
-            if value not in self.seen:
-                self.seen.add(value)
-                yield kind, text
+            if value in self.seen:
+                self.left_out["already answered, given twice or excluded"] += 1
+                continue
+            self.seen.add(value)
+            yield kind, text
 
     def _source(self, n: int) -> list[Job]:
         """A group's worth of like jobs: answers when enough prompts wait, else new prompts."""
@@ -180,6 +129,7 @@ class Collector:
             kind, text = self.ready.popleft()
             ids = self.chat.prompt_ids(text)
             if len(ids) > s.max_prompt:
+                self.left_out[f"longer than {s.max_prompt} tokens"] += 1
                 continue
             # Held-out answers are greedy: they are what accept lengths are judged on.
             draw = float(torch.rand((), generator=self.rng))
@@ -199,7 +149,8 @@ class Collector:
         assert isinstance(done.job.tag, tuple)
         kind, text = done.job.tag
         length = len(done.tokens) - len(done.job.prompt)
-        if length < 8:
+        if length < SHORTEST:
+            self.left_out[f"answered in fewer than {SHORTEST} tokens"] += 1
             return
         record = Record(done.tokens, len(done.job.prompt), kind, done.job.temperature, prompt_hash(text))
         self.records += 1
@@ -252,6 +203,8 @@ class Collector:
         finally:  # also after Ctrl-C: what is answered is kept
             for split in corpus.SPLITS:
                 self.flush(split)
+            if self.left_out:
+                logger.info("left out: %s", summary(self.left_out))
 
 
 def describe(folder: Path) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from sglang_dflash.client import access
 from sglang_dflash.client.info import ServerInfo, normalize_url, read_server_info
 from sglang_dflash.errors import UserError
 from sglang_dflash.train.batches import Document
@@ -58,16 +59,23 @@ class ServedRun:
         }
 
 
-def run(url: str, documents: list[Document], max_new: int) -> ServedRun:
+def run(url: str, documents: list[Document], max_new: int, api_key: str | None = None) -> ServedRun:
     """Answers the documents' prompts one at a time, at their temperature, from token ids.
 
     ``spec_verify_ct`` counts verify passes; the first token of an answer comes from the prefill,
     the rest from verify passes, so the length is (tokens - 1) / passes, as offline.
     """
     base = normalize_url(url)
-    out = ServedRun(policy_of(read_server_info(base)))
+    out = ServedRun(policy_of(read_server_info(base, api_key=api_key)))
     counts = []
-    with httpx.Client(base_url=base, timeout=600.0, trust_env=False) as http:
+    session = httpx.Client(
+        base_url=base,
+        headers=access.headers(api_key),
+        timeout=600.0,
+        trust_env=False,
+        verify=access.trust(base),
+    )
+    with session as http:
         for document in documents:
             prompt, answer = document.tokens[: document.prompt_len], document.tokens[document.prompt_len :]
             sampling = {"temperature": document.temperature, "max_new_tokens": max_new}

@@ -231,6 +231,7 @@ class Trainer:
             "best": self.best,
             "last": self._last,
             "settings": _comparable(self.s),
+            "drafter": _plain(asdict(self.drafter.config)),
         }
         write_atomically(self.out / "state.pt", lambda p: torch.save(state, p))
 
@@ -245,6 +246,12 @@ class Trainer:
             raise UserError(f"cannot read {file}: {error}; delete it to start afresh") from None
         mine = _comparable(self.s)
         changed = [k for k in mine if state["settings"].get(k) != mine[k]]
+        drafter = _plain(asdict(self.drafter.config))
+        changed += [
+            f"the drafter's {k} {was}, now {drafter[k]}"
+            for k, was in state.get("drafter", {}).items()
+            if was != drafter.get(k)
+        ]
         if changed:
             raise UserError(f"{file} was made with other settings ({', '.join(changed)}): give another --out")
         self.optimizer.load(state["optimizer"])
@@ -273,6 +280,8 @@ class Trainer:
 
 def _comparable(settings: TrainSettings) -> dict:
     """Settings as plain values, without the budget (a longer budget may continue a run)."""
-    return json.loads(
-        json.dumps({k: v for k, v in asdict(settings).items() if k not in ("minutes", "save_every")})
-    )
+    return _plain({k: v for k, v in asdict(settings).items() if k not in ("minutes", "save_every")})
+
+
+def _plain(values: dict) -> dict:
+    return json.loads(json.dumps(values))

@@ -10,6 +10,7 @@ target's, but hardly a draft is accepted any more), and a drafter's folder break
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from sglang_dflash.drafter import DrafterConfig, check_fits, read_config, resolve_folder
@@ -22,11 +23,18 @@ _FIXED = ("hidden_size", "num_hidden_layers", "block_size", "vocab_size", "inter
 _FIXED_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
+def _folder(path: str) -> Path:
+    """SGLang reads an update of a hub name at the revision that the server was started with."""
+    from sglang.srt.runtime_context import get_spec
+
+    return resolve_folder(path, get_spec().speculative_draft_model_revision)
+
+
 def drafter_config(path: str) -> DrafterConfig | None:
     """The config of the drafter in ``path``, None when it is another kind of model."""
     read_config.cache_clear()  # the same folder may hold new weights
     try:
-        config = read_config(resolve_folder(path))
+        config = read_config(_folder(path))
     except UserError:
         return None
     return config if any("DFlash" in name for name in config.architectures) else None
@@ -67,7 +75,7 @@ class _Updater:
             return update(model_path, *args, **kwargs)
         try:
             target = self._worker.model_runner.model_config.hf_config.get_text_config()
-            check_fits(resolve_folder(model_path), target=target, target_name="the target")
+            check_fits(_folder(model_path), target=target, target_name="the target")
             check_replaces(self._worker.drafter_config, new)
         except UserError as error:
             return False, f"sglang-dflash: {error}"

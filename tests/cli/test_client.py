@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from sglang_dflash.client import flags
+from sglang_dflash.cli.main import main
+from sglang_dflash.client import flags, server
 from sglang_dflash.client.chat import Reply, inter_token_gaps, mean_accept_length, read_prompts
 from sglang_dflash.client.fast_start import disabled_models
 from sglang_dflash.client.info import ServerInfo, normalize_url, read_server_info
@@ -15,6 +19,8 @@ from sglang_dflash.client.ports import free_port, port_is_free, require_free_por
 from sglang_dflash.client.server import cause_of_death
 from sglang_dflash.errors import UserError
 from sglang_dflash.models.prompts import pick, prompts_file
+from tests.server import conftest as server_conftest
+from tests.server import support
 
 
 def reply(kind: str = "chat", passes: int = 0, drafts: int = 0, tokens: int = 4) -> Reply:
@@ -145,6 +151,41 @@ def test_server_info_reads_the_marker() -> None:
 )
 def test_cause_of_death_is_the_line_that_says_why(log: str, cause: str) -> None:
     assert cause_of_death(log) == cause
+
+
+def test_a_server_keeps_the_modules_that_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the shell says: else each of its processes compiles SGLang and torch anew."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(server, "LAUNCH", [sys.executable, "-c", "import sys; print(sys.flags)"])
+    one = server.Server([], port=free_port(), log=tmp_path / "log")
+    with pytest.raises(UserError, match="did not start"):
+        one.__enter__()
+    assert "dont_write_bytecode=0" in one.output()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert main(["serve", "--help"]) == 0
+    assert "PYTHONDONTWRITEBYTECODE" not in os.environ
+    assert not sys.dont_write_bytecode
+
+
+def test_a_dead_server_of_a_failed_test_is_named_with_the_end_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "wait_ready", lambda *_: True)
+    monkeypatch.setattr(server, "LAUNCH", ["bash", "-c", "seq 50; kill -9 $$"])
+    monkeypatch.setattr(support, "RUNNING", [])
+    with server.Server([], port=free_port(), log=tmp_path / "31000-tree.log") as one:
+        one._process.wait()  # type: ignore[union-attr]
+        support.RUNNING.append(one)
+        report = SimpleNamespace(failed=True, sections=[])
+        monkeypatch.setattr(server_conftest, "RUNNING", support.RUNNING)
+        hook = server_conftest.pytest_runtest_makereport(None, None)  # type: ignore[arg-type]
+        next(hook)
+        with pytest.raises(StopIteration):
+            hook.send(report)
+    ((title, end),) = report.sections
+    assert "the server 31000-tree died" in title
+    assert end.splitlines()[-1] == "50"
+    assert len(end.splitlines()) == 25
 
 
 def test_fast_start_leaves_the_kept_families() -> None:

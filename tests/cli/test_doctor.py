@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from sglang_dflash.cli import findings
+from sglang_dflash.client import memory
 from sglang_dflash.errors import UserError
 from sglang_dflash.models.registry import SMOLLM2
 
@@ -79,6 +80,29 @@ def test_wrong_settings_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "off-switch" in bad(findings.settings())[0].text
     monkeypatch.delenv("SGLANG_DFLASH_MODE")
     assert bad(findings.settings()) == []
+
+
+def test_memory_is_named(tmp_path: Path) -> None:
+    (finding,) = findings.free_memory(int(9.5e9))
+    assert finding.ok
+    assert finding.text == "9.5 GB free; serve takes 4 GB, demo takes 8 GB, make test takes 15 GB"
+    (finding,) = bad(findings.free_memory(int(2e9)))
+    assert "--max-total-tokens" in finding.mend
+    assert list(findings.free_memory(None)) == []
+
+
+def test_free_memory_is_the_containers_where_that_is_less(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    assert memory.available(tmp_path) is None
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    assert memory.available(tmp_path) == 8000 * 1024
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    for name, value in {"current": "3000000", "stat": "anon 1\ninactive_file 500000", "max": "max"}.items():
+        (group / f"memory.{name}").write_text(f"{value}\n")
+    assert memory.available(tmp_path) == 8000 * 1024
+    (group / "memory.max").write_text("4000000\n")
+    assert memory.available(tmp_path) == 1_500_000
 
 
 def test_a_missing_target_says_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

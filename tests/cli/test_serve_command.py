@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import socket
@@ -70,8 +71,6 @@ def test_own_model_passes_through(drafter: Path, capsys: pytest.CaptureFixture[s
     assert words[-2:] == ["--speculative-algorithm", "DFLASH"]
     words, _, _ = serve.build_command(["--model", "m", "--speculative-algorithm", "NGRAM"])
     assert words == ["--model", "m", "--speculative-algorithm", "NGRAM"]
-    words, _, embedded = serve.build_command(["--config", "server.yaml"])
-    assert (words, embedded) == (["--config", "server.yaml"], False)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +88,114 @@ def test_contradictions_are_refused(words: list[str], message: str) -> None:
         serve.build_command(words)
 
 
+def config(folder: Path, **options: object) -> str:
+    file = folder / "server.yaml"
+    lines = [f"{name.replace('_', '-')}: {json.dumps(value)}\n" for name, value in options.items()]
+    file.write_text("".join(lines))
+    return str(file)
+
+
+def sglang_reads(argv: list[str]) -> argparse.Namespace:
+    """What SGLang's launcher makes of a command line, ``prepare_server_args`` up to its parser."""
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return parser.parse_args(ConfigArgumentMerger(parser).merge_config_with_args(argv))
+
+
+def test_a_drafter_in_the_config_file_serves_trees(drafter: Path, tmp_path: Path) -> None:
+    file = config(tmp_path, model_path="m", speculative_draft_model_path=str(drafter), port=8000)
+    for more in ([], ["--mode", "tree"], ["--mode", "chain"]):
+        words, _, embedded = serve.build_command(["--config", file, *more])
+        assert not embedded
+        assert sglang_reads(words).speculative_algorithm == "DFLASH"
+    words, _, _ = serve.build_command([f"--config={file}"])
+    assert sglang_reads(words).port == 8000
+    with pytest.raises(UserError, match="contradict"):
+        serve.build_command(["--config", file, "--mode", "plain"])
+    file = config(tmp_path, model="m", speculative_algo="NGRAM")
+    assert serve.build_command(["--config", file])[0] == ["--config", file]
+    with pytest.raises(UserError, match="needs a drafter"):
+        serve.build_command(["--config", config(tmp_path, model="m"), "--mode", "tree"])
+
+
+def test_a_config_file_without_a_model_changes_the_embedded_pair(
+    drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair, "require_drafter", lambda path: drafter)
+    file = config(tmp_path, max_total_tokens=4096, sleep_on_idle=False, served_model_name="mine", port=8000)
+    words, _, embedded = serve.build_command(["--config", file, "--port", "8001"])
+    read = sglang_reads(words)
+    assert embedded
+    assert read.model_path == str(SMOLLM2.target_dir)
+    assert (read.speculative_algorithm, read.speculative_draft_model_path) == ("DFLASH", str(drafter))
+    assert (read.max_total_tokens, read.sleep_on_idle, read.served_model_name) == (4096, False, "mine")
+    assert read.port == flags.port_of(flags.with_config(words)) == 8001
+
+
+def test_the_announcer_reads_the_config_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Port, host and name come from the file: the free port is looked for and announced there."""
+    seen: list[object] = []
+    monkeypatch.setattr(serve, "require_free_port", lambda *where: seen.append(where))
+    monkeypatch.setattr(serve, "_watch", lambda *what: seen.append(what))
+    monkeypatch.setattr(serve.os, "execv", lambda *command: None)
+    file = config(tmp_path, model_path="m", port=8000, host="0.0.0.0", served_model_name="mine")
+    serve.main(["--config", file])
+    url = "http://127.0.0.1:8000"
+    assert seen == [("0.0.0.0", 8000), (url, serve.curl_line(url, "mine"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.yaml", None, "cannot be read: No such file"),
+        ("c.json", "{}", "named .yaml or .yml"),
+        ("c.yaml", "a: [", "line 1 is not YAML"),
+        ("c.yaml", "- port", "is not a table"),
+        ("c.yaml", "port: http", "'http' is not a number"),
+        ("c.yaml", "model_path: m", "write model-path, as in the flag, not model_path"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_one_line(
+    tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        flags.port_of(flags.with_config(["--config", str(tmp_path / name)]))
+
+
 def test_curl_line_is_a_shell_command_with_a_json_body() -> None:
     words = shlex.split(serve.curl_line("http://127.0.0.1:30000", "a model"))
     assert words[:3] == ["curl", "-s", "http://127.0.0.1:30000/v1/chat/completions"]
     assert json.loads(words[-1])["model"] == "a model"
+
+
+def test_the_announcer_of_a_server_with_a_key_and_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks over https, and its line sends the key, which it does not print."""
+    seen: list[str] = []
+    monkeypatch.setattr(serve, "require_free_port", lambda *where: None)
+    monkeypatch.setattr(serve, "_watch", lambda *what: seen.extend(what))
+    monkeypatch.setattr(serve.os, "execv", lambda *command: None)
+    keyed = ["--model-path", "m", "--api-key", "s3cret", "--ssl-keyfile", "k.pem", "--ssl-certfile", "c.pem"]
+    serve.main(keyed)
+    url, line = seen
+    assert url == "https://127.0.0.1:30000"
+    assert "s3cret" not in line
+    shown = subprocess.run(
+        ["bash", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; {line}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"SGLANG_API_KEY": "s3cret"},
+    ).stdout.splitlines()
+    assert "Authorization: Bearer s3cret" in shown
+    assert "-k" in shown
+    assert f"{url}/v1/chat/completions" in shown
 
 
 def test_nobody_is_let_in_from_outside_or_trusted_unasked(drafter: Path) -> None:

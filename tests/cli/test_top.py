@@ -83,6 +83,36 @@ def test_later_frames_are_since_the_one_before() -> None:
     assert idle.shares == []
 
 
+def ranks(*labels: str) -> str:
+    """The reading of several schedulers; every one says the same of its own work."""
+    return "".join(text((4, 2, 2), moved=4, fallbacks=1).replace('tp_rank="0"', more) for more in labels)
+
+
+def counts(picture: top.Frame) -> tuple[float, ...]:
+    return (picture.running, picture.queued, picture.fallbacks, picture.tokens_per_second)
+
+
+def test_data_parallel_ranks_add_up_and_shares_do_not() -> None:
+    both = ranks('tp_rank="0",dp_rank="0"', 'tp_rank="0",dp_rank="1"').replace("0.25", "0.6", 1)
+    picture = top.frame(parse(both), None, 1.0)
+    assert counts(picture) == (6, 10, 2, 85.0)
+    assert picture.kv_use == 0.6
+    one = top.frame(parse(text((4, 2, 2), moved=4)), None, 1.0)
+    assert (picture.accept_length, picture.width, picture.verify_ms, picture.shares) == (
+        *(one.accept_length, one.width, one.verify_ms, one.shares),
+    )
+
+
+def test_ranks_of_one_batch_count_once() -> None:
+    """As with --tp-size 2 --enable-metrics-for-all-schedulers, alone and beside data parallelism."""
+    picture = top.frame(parse(ranks('tp_rank="1"', 'tp_rank="0"')), None, 1.0)
+    assert counts(picture) == (3, 5, 1, 42.5)
+    four = ranks(*(f'tp_rank="{tp}",dp_rank="{dp}"' for tp in "01" for dp in "01"))
+    assert counts(top.frame(parse(four), None, 1.0)) == (6, 10, 2, 85.0)
+    now = parse(four.replace('accept_length_sum{model_name="tiny",tp_rank="1"', 'other{tp_rank="1"'))
+    assert top.frame(now, None, 1.0).accept_length == 14 / 8
+
+
 def test_a_frame_on_a_terminal() -> None:
     console = Console(file=io.StringIO(), width=80)
     console.print(top.render(top.frame(parse(text((4, 2, 2))), None, 1.0), "http://127.0.0.1:1"))
@@ -175,6 +205,22 @@ def dashboard_metrics() -> set[str]:
     panels = json.loads((ROOT / "examples/grafana/sglang-dflash.json").read_text())["panels"]
     queries = [target["expr"] for panel in panels for target in panel["targets"]]
     return {name for query in queries for name in re.findall(r"sglang(?:_dflash)?:\w+", query)}
+
+
+def test_the_dashboard_adds_up_as_top_does() -> None:
+    """Sums are over one of the ranks that share a batch; the pool is the fullest one."""
+    panels = json.loads((ROOT / "examples/grafana/sglang-dflash.json").read_text())["panels"]
+    for query in [target["expr"] for panel in panels for target in panel["targets"]]:
+        series = re.findall(r"(\S+) ?\((?:rate\(|increase\()?(sglang\w*:\w+)", query)
+        assert len(series) == len(re.findall(r"sglang\w*:", query)), query
+        for around, name in series:
+            if name == "sglang:token_usage":
+                assert query == f'max({name}{{model_name=~"$model"}})'
+            else:
+                assert around == "moe_ep_rank)", query
+                assert re.search(
+                    rf"sum(?: by \(le\))? ?\(max without \(tp_rank, pp_rank, moe_ep_rank\) \(\S*{name}", query
+                )
 
 
 def test_the_dashboard_and_the_docs_name_the_same_metrics() -> None:

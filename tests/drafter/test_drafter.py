@@ -133,6 +133,23 @@ def test_no_folder(tmp_path: Path) -> None:
         module.resolve_folder(str(tmp_path / "nowhere"))
 
 
+def test_a_pinned_revision_is_found_without_the_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit's hash that the cache holds, although no branch or tag in it points there."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pinned = tiny.cached_snapshot(tmp_path, "org/drafter", "a" * 40, folder)
+    module.resolve_folder.cache_clear()
+    assert module.resolve_folder("org/drafter", "a" * 40) == pinned
+    with pytest.raises(UserError, match=f"'org/drafter' of revision {'b' * 40} is neither"):
+        module.resolve_folder("org/drafter", "b" * 40)
+    main = tiny.cached_snapshot(tmp_path, "org/drafter", "b" * 40, folder, ref="main")
+    assert module.resolve_folder("org/drafter", None) == module.resolve_folder("org/drafter", "main") == main
+
+
 def test_pickled_weights_are_not_read(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="no safetensors file"):

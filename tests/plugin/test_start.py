@@ -46,19 +46,46 @@ def launch(target: Path, *args: str, **env: str) -> subprocess.CompletedProcess[
         ("other", [], {}, "made for hidden size 128"),
         ("drafter", ["--speculative-num-draft-tokens", "0"], {}, "choose 2 to 128"),
         ("nowhere", [], {}, "no drafter at"),
+        (None, [], {}, "DFLASH needs a drafter"),
         ("drafter", [], {"SGLANG_DFLASH_TOPK": "3"}, "did you mean SGLANG_DFLASH_TOP_K?"),
     ],
 )
 def test_one_line_and_no_server(
-    pair: tuple[Path, Path, Path], drafter: str, more: list[str], env: dict[str, str], words: str
+    pair: tuple[Path, Path, Path], drafter: str | None, more: list[str], env: dict[str, str], words: str
 ) -> None:
-    path = pair[0].parent / drafter
-    done = launch(pair[0], "--speculative-draft-model-path", str(path), *more, **env)
+    named = ["--speculative-draft-model-path", str(pair[0].parent / drafter)] if drafter else []
+    done = launch(pair[0], *named, *more, **env)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("sglang-dflash: ")
     assert words in last
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["tree", "chain"])
+def test_the_pinned_drafter_is_opened_and_no_other(
+    pair: tuple[Path, Path, Path], tmp_path: Path, mode: str
+) -> None:
+    """``main`` of the hub's cache is damaged, the pinned commit fits: a wrong width stops the start."""
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{")
+    tiny.cached_snapshot(tmp_path, "org/drafter", "a" * 40, pair[1])
+    tiny.cached_snapshot(tmp_path, "org/drafter", "b" * 40, damaged, ref="main")
+    stop, words = {
+        "tree": ("--speculative-num-draft-tokens=999", "choose 2 to 128"),
+        "chain": ("--speculative-dflash-block-size=0", "block-size to be positive"),
+    }[mode]
+    done = launch(
+        pair[0],
+        *("--speculative-draft-model-path", "org/drafter", "--speculative-draft-model-revision", "a" * 40),
+        stop,
+        HF_HUB_CACHE=str(tmp_path),
+        HF_HUB_OFFLINE="1",
+        SGLANG_DFLASH_MODE=mode,
+    )
+    assert done.returncode != 0
+    assert words in done.stderr.strip().splitlines()[-1]
 
 
 def arguments(**changes: object) -> SimpleNamespace:

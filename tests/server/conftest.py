@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ from sglang_dflash.client.server import Server
 from sglang_dflash.models.fetch import fetch
 from sglang_dflash.models.registry import SMOLLM2
 from tests import tiny
-from tests.server.support import PINNED, ROOT, Client, Pair, Serving, dflash_args, tiny_args
+from tests.server.support import PINNED, ROOT, RUNNING, Client, Pair, Serving, dead, dflash_args, tiny_args
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
+    """A failed test names the servers that died: "connection refused" does not."""
+    report = yield
+    if report.failed:
+        report.sections.extend(dead(RUNNING))
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +72,11 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Serving:
         control.write_text(PINNED)
         width: dict[str, str | None] = {"SGLANG_DFLASH_WIDTH": f"control:{control}"}
         with Server(args, port=port, log=logs / f"{port}-{name}.log", env=quick | width | env) as server:
-            yield Client(server, control)
+            RUNNING.append(server)
+            try:
+                yield Client(server, control)
+            finally:
+                RUNNING.remove(server)
 
     return serve
 

@@ -149,6 +149,22 @@ class Client:
         return ServerInfo.model_validate(reply.json())
 
 
+#: Servers that the fixtures started and did not stop yet.
+RUNNING: list[Server] = []
+
+
+def dead(servers: Sequence[Server], lines: int = 25) -> list[tuple[str, str]]:
+    """(title, end of the log) of each server that is gone: for lack of memory often, which no client sees."""
+    return [
+        (
+            f"the server {server.log.stem} died (killed without a word of its own: out of memory?)",
+            "\n".join(server.output().splitlines()[-lines:]),
+        )
+        for server in servers
+        if not server.alive()
+    ]
+
+
 #: What the ``serving`` fixture gives.
 Serving = Callable[..., AbstractContextManager[Client]]
 

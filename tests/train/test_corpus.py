@@ -16,10 +16,11 @@ from sglang_dflash.train import corpus
 from sglang_dflash.train import target as target_module
 from sglang_dflash.train.batches import excluded_hashes, load_documents
 from sglang_dflash.train.chat import Chat
-from sglang_dflash.train.collect import Collector, Settings, read_dataset, read_prompts
+from sglang_dflash.train.collect import Collector, Settings
 from sglang_dflash.train.corpus import Record
 from sglang_dflash.train.features import FeatureWriter
 from sglang_dflash.train.generate import Generator, Job
+from sglang_dflash.train.given import read_dataset, read_prompts
 from sglang_dflash.train.prompts import clean_turn, is_held_out, openers, prompt_hash
 from sglang_dflash.train.target import fast_dtype
 
@@ -125,6 +126,67 @@ def test_prompt_files(tmp_path):
         list(read_prompts(file))
 
 
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('[{"prompt": "a"},\n {"prompt": "b"}]', ["a", "b"]),
+        ('[{"prompt": "a"}, {"prompt": "b"}]\n', ["a", "b"]),
+        ('\ufeff{"prompt": "a"}\r\n{"prompt": "b"}\r\n', ["a", "b"]),
+        ('{"prompt": "a\u2028b\x0bc\x85d"}\n'.replace("\x0b", "\\u000b"), ["a\u2028b\x0bc\x85d"]),
+        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}]}', ["a\nb"]),
+        ('{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}', ["a"]),
+        ('{"messages": ["a", "answer"]}\n{"conversations": "b"}', ["a", "b"]),
+    ],
+)
+def test_prompt_files_as_other_tools_write_them(tmp_path, content, texts):
+    file = tmp_path / "p.json"
+    file.write_bytes(content.encode())
+    assert [t for _, t in read_prompts(file)] == texts
+    assert excluded_hashes([file]) == {prompt_hash(t) for t in texts}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": "caf\xe9"}'.encode("latin-1"), r"p\.jsonl:2 is not UTF-8"),
+        ('[{"prompt": "a"},\n {"prompt": "caf\xe9"}]'.encode("latin-1"), r"p\.jsonl:2 is not UTF-8"),
+        ('{"prompt": "a"}'.encode("utf-16"), r"p\.jsonl:1 is not UTF-8"),
+        (b'[{"prompt": "a"},\n {"prompt": "b"\n]', r"p\.jsonl:3 is not JSON"),
+        (b'{"prompt": "a"}\n\n{broken\n', r"p\.jsonl:3 is not JSON"),
+        (
+            b'["a", 7, {"prompt": " "}, {"messages": []}]',
+            "2 no object, 1 without text, 1 without a user turn",
+        ),
+        (b"", "no rows"),
+    ],
+)
+def test_prompt_files_that_cannot_be_read_are_one_line(tmp_path, content, message):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_prompts(file))
+
+
+def test_rows_left_out_are_counted(tmp_path, target, target_dir, caplog):
+    """By reason, and told: rows without a prompt, those too long, doubles, and answers too short."""
+    file = tmp_path / "p.jsonl"
+    image = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}
+    rows = [{"prompt": "one two"}, {"prompt": "one  two"}, {"answer": 3}, image, {"prompt": "x " * 400}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    settings = Settings(out=tmp_path / "c", response_tokens=500, prompts=file, max_new=4)
+    collector = Collector(target, Chat(target_dir), settings)
+    with caplog.at_level("INFO", "sglang_dflash.data"):
+        collector.run(lambda progress: None)
+    assert dict(collector.left_out) == {
+        "without a user turn": 1,
+        "without text": 1,
+        "already answered, given twice or excluded": 1,
+        "longer than 120 tokens": 1,
+        "answered in fewer than 8 tokens": 1,
+    }
+    assert "left out: 1 already answered, given twice or excluded, 1 without a user turn" in caplog.text
+
+
 def test_batched_decoding_is_greedy_decoding(target):
     """Many slots, refills and shared groups give what one plain forward at a time gives."""
     rng = torch.Generator().manual_seed(0)
@@ -201,7 +263,7 @@ def test_datasets(tmp_path):
     with pytest.raises(UserError, match="split train"):
         list(read_dataset(str(tmp_path / "e"), "train"))
     datasets.Dataset.from_list([{"answer": "a"}]).save_to_disk(tmp_path / "f")
-    with pytest.raises(UserError, match="no usable turn: its columns are answer"):
+    with pytest.raises(UserError, match=r"1 without a user turn.*its columns are answer"):
         list(read_dataset(str(tmp_path / "f"), "train"))
 
 

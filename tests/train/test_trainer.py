@@ -48,7 +48,7 @@ def options(corpus_dir, target_dir, out, **more) -> list[str]:
     args = []
     for key, value in given.items():
         if value is not None:
-            args += [f"--{key}", json.dumps([str(value)]) if key == "corpus" else str(value)]
+            args += [f"--{key}", str(value)]
     return args
 
 
@@ -175,7 +175,7 @@ def test_run_leaves_a_served_drafter_a_log_and_a_picture(corpus_dir, target_dir,
         "--drafter",
         str(tmp_path / "best"),
         "--corpus",
-        json.dumps([str(corpus_dir)]),
+        str(corpus_dir),
     ]
     judge += ["--features-dir", str(tmp_path / "features"), "--json-out", str(tmp_path / "numbers.json")]
     assert main(["eval", *judge]) == 0
@@ -193,8 +193,10 @@ def test_run_leaves_a_served_drafter_a_log_and_a_picture(corpus_dir, target_dir,
         ({"mask-token-id": 999}, "outside the vocabulary"),
         ({"init-from": "/nowhere"}, "no drafter at"),
         ({"minutes": 1}, "exactly one budget"),
+        ({"rows": 0}, "--rows 0: input should be greater than or equal to 1"),
+        ({"layers": "two"}, "--layers two: input should be a valid integer"),
         ({"schedule": "x"}, "progress:size"),
-        ({"exclude": '["/nowhere.jsonl"]'}, "no file /nowhere.jsonl"),
+        ({"exclude": "/nowhere.jsonl"}, "no file /nowhere.jsonl"),
     ],
 )
 def test_bad_input_is_one_line(corpus_dir, target_dir, tmp_path, capsys, more, message):
