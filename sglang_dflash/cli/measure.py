@@ -6,7 +6,6 @@ serves nothing, and prints the table and the predicted tokens/s by requests in f
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_dflash.cli import target
+from sglang_dflash.cli.options import parser_of
 from sglang_dflash.client.info import read_server_info
 from sglang_dflash.client.ports import free_port, require_free_port
 from sglang_dflash.client.server import Server
@@ -136,11 +136,7 @@ def plot(found: Forecast, widest: Width, title: str, path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="sglang-dflash measure",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(__doc__, "sglang-dflash measure")
     target.add_arguments(parser)
     parser.add_argument("--length", type=int, default=256, help="cached tokens a request (%(default)s)")
     parser.add_argument("--port", type=int, help="(default: a free one)")
