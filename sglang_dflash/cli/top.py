@@ -34,6 +34,7 @@ class Frame:
         rows_moved: per request step.
         fallbacks: since the server started.
         drafter_ms, verify_ms: per decode step of the whole batch.
+        widths: share of decode steps by width (nodes x block), the most frequent first.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Frame:
     drafter_ms: float | None
     verify_ms: float | None
     shares: list[tuple[str, float]]
+    widths: list[tuple[str, float]]
 
 
 def frame(now: Scrape, before: Scrape | None, seconds: float) -> Frame:
@@ -92,7 +94,18 @@ def frame(now: Scrape, before: Scrape | None, seconds: float) -> Frame:
         drafter_ms=milliseconds("drafter_seconds_total"),
         verify_ms=milliseconds("verify_seconds_total"),
         shares=list(_shares(now, grown, steps)),
+        widths=_widths(now, grown),
     )
+
+
+def _widths(now: Scrape, grown: Callable[..., float]) -> list[tuple[str, float]]:
+    name = "width_steps_total"
+    found = {sample.labels["width"] for sample in now.samples if sample.name == PREFIX + name}
+    counts = {width: grown(name, width=width) for width in sorted(found)}
+    total = sum(counts.values())
+    if total <= 0:
+        return []
+    return sorted(((w, c / total) for w, c in counts.items() if c > 0), key=lambda item: -item[1])
 
 
 def _shares(now: Scrape, grown: Callable[..., float], steps: float) -> Iterator[tuple[str, float]]:
@@ -110,6 +123,12 @@ def _number(value: float | None, text: str = "{:.2f}") -> str:
     return "-" if value is None else text.format(value)
 
 
+def _mix(widths: list[tuple[str, float]]) -> str:
+    """The most frequent widths; 1x1 is a plain step."""
+    named = [("plain" if width == "1x1" else width, share) for width, share in widths[:4]]
+    return "nodes x block; " + ", ".join(f"{share:.0%} {width}" for width, share in named) if named else ""
+
+
 def render(picture: Frame, url: str) -> Panel:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
@@ -118,7 +137,8 @@ def render(picture: Frame, url: str) -> Panel:
     table.add_row("accept length", _number(picture.accept_length), "tokens per target pass")
     table.add_row("tokens/s", f"{picture.tokens_per_second:.1f}", "")
     table.add_row("running", str(picture.running), f"queue {picture.queued}")
-    table.add_row("width", _number(picture.width, "{:.0f}"), "nodes verified per request and step")
+    table.add_row("width", _number(picture.width, "{:.1f}"), "nodes verified per request and step")
+    table.add_row("in force", picture.widths[0][0] if picture.widths else "-", _mix(picture.widths))
     table.add_row("off the spine", _number(picture.off_spine, "{:.1%}"), "of request steps")
     table.add_row("KV rows moved", _number(picture.rows_moved), "per request step")
     table.add_row("KV in use", f"{picture.kv_use:.1%}", "of the pool")

@@ -46,6 +46,8 @@ def text(passes: tuple[int, int, int], *, moved: int = 0, fallbacks: int = 0) ->
         "sglang_dflash:tree_width_count": count,
         "sglang_dflash:tree_width_sum": 8 * count,
         "sglang_dflash:decode_steps_total": count / 2,
+        'sglang_dflash:width_steps_total|width="1x1"': one / 2,
+        'sglang_dflash:width_steps_total|width="8x6"': (two + three) / 2,
         "sglang_dflash:off_spine_accepts_total": moved / 2,
         "sglang_dflash:kv_rows_moved_total": moved,
         "sglang_dflash:drafter_fallbacks_total": fallbacks,
@@ -69,6 +71,7 @@ def test_the_first_frame_is_since_the_start() -> None:
     assert picture.drafter_ms == pytest.approx(10)
     assert picture.verify_ms == pytest.approx(40)
     assert picture.shares == [("1", 0.5), ("2", 0.25), ("3", 0.25)]
+    assert picture.widths == [("1x1", 0.5), ("8x6", 0.5)]
 
 
 def test_later_frames_are_since_the_one_before() -> None:
@@ -78,9 +81,10 @@ def test_later_frames_are_since_the_one_before() -> None:
     assert picture.accept_length == 3
     assert picture.off_spine == 0
     assert picture.shares == [("3", 1.0)]
+    assert picture.widths == [("8x6", 1.0)]
     idle = top.frame(now, now, 2.0)
     assert (idle.tokens_per_second, idle.accept_length, idle.width, idle.verify_ms) == (0, None, None, None)
-    assert idle.shares == []
+    assert idle.shares == idle.widths == []
 
 
 def ranks(*labels: str) -> str:
@@ -120,6 +124,7 @@ def test_a_frame_on_a_terminal() -> None:
     assert re.search(r"accept length +1\.75", shown)
     assert re.search(r"running +3 +queue 5", shown)
     assert re.search(r"accepted 1 +50\.0%", shown)
+    assert "50% plain, 50% 8x6" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 
@@ -218,13 +223,12 @@ def test_the_dashboard_adds_up_as_top_does() -> None:
                 assert query == f'max({name}{{model_name=~"$model"}})'
             else:
                 assert around == "moe_ep_rank)", query
-                assert re.search(
-                    rf"sum(?: by \(le\))? ?\(max without \(tp_rank, pp_rank, moe_ep_rank\) \(\S*{name}", query
-                )
+                ranks = r"max without \(tp_rank, pp_rank, moe_ep_rank\)"
+                assert re.search(rf"sum(?: by \((?:le|width)\))? ?\({ranks} \(\S*{name}", query)
 
 
 def test_the_dashboard_and_the_docs_name_the_same_metrics() -> None:
     named = set(re.findall(r"`(sglang_dflash:\w+)`", (ROOT / "docs/metrics.md").read_text()))
     ours = {name for name in dashboard_metrics() if name.startswith("sglang_dflash:")}
-    assert len(named) == 8
+    assert len(named) == 10
     assert {re.sub(r"_(sum|count|bucket)$", "", name) for name in ours} == named
