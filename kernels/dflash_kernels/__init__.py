@@ -11,10 +11,11 @@ from dflash_kernels.tree import DraftTree, ancestor_mask, num_words
 from dflash_kernels.tree_accept import Accepted, accept_tree
 from dflash_kernels.tree_attn import TorchPlan, torch_plan, tree_attention
 from dflash_kernels.tree_attn.workspace import TreeAttentionWorkspace
-from dflash_kernels.tree_build import build_tree
+from dflash_kernels.tree_build import Chain, build_tree
 
 __all__ = [
     "Accepted",
+    "Chain",
     "DraftTree",
     "KVCompactor",
     "Race",
