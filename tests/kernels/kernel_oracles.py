@@ -156,6 +156,19 @@ def walk(tokens, first_child, next_sibling, target_tokens, max_depth) -> list[in
     return path
 
 
+def recalled(text: list[int], count: int, min_match: int, max_match: int) -> tuple[int, list[int]]:
+    """(length of the match, continuation) by searching strings."""
+    string = "".join(map(chr, text))
+    for m in range(min(max_match, len(text) - 1), min_match - 1, -1):
+        start = string[:-1].rfind(string[-m:])
+        if start >= 0:
+            grown = list(text)
+            for j in range(count):
+                grown.append(grown[start + m + j])
+            return m, grown[len(text) :]
+    return 0, [0] * count
+
+
 def dense_attention(case, q, k_new, v_new, k_cache, v_cache, lens, slots, visible, depth) -> np.ndarray:
     """Float64 attention, one query row at a time.
 

@@ -6,6 +6,7 @@ import triton
 from dflash_kernels.gumbel import kernel as gumbel
 from dflash_kernels.head_topk import kernel as topk
 from dflash_kernels.kv_compact import kernel as compact
+from dflash_kernels.recall import kernel as recall
 from dflash_kernels.tree_accept import kernel as accept
 from dflash_kernels.tree_attn import kernel as attn
 from dflash_kernels.tree_attn.configs import _TABLE, MIN_CHUNK, TileConfig, tile_config
@@ -266,6 +267,45 @@ def race_noise_spec(arch: int) -> Spec:
     )
 
 
+def scan_spec(arch: int) -> Spec:
+    """Scan of texts of up to 131,072 tokens for matches of 3 to 32."""
+    return Spec(
+        name=f"recall-scan-sm{arch}",
+        kernel=recall.scan_kernel,
+        arch=arch,
+        types={
+            "history_ptr": "*i32",
+            **dict.fromkeys(("rows_ptr", "lengths_ptr", "best_ptr"), "*i64"),
+            **_strides(recall.scan_kernel),
+        },
+        constants={
+            "SPANS": 64,
+            "SPAN": recall.SPAN,
+            "BLOCK": recall.BLOCK,
+            "MIN_MATCH": 3,
+            "MAX_MATCH": 32,
+        },
+        options={"num_warps": recall.WARPS},
+    )
+
+
+def continue_spec(arch: int) -> Spec:
+    """Best of 64 spans and a continuation of 31."""
+    return Spec(
+        name=f"recall-continue-sm{arch}",
+        kernel=recall.continue_kernel,
+        arch=arch,
+        types={
+            "history_ptr": "*i32",
+            "matched_ptr": "*i32",
+            **dict.fromkeys(("rows_ptr", "lengths_ptr", "best_ptr", "ids_ptr"), "*i64"),
+            **_strides(recall.continue_kernel),
+        },
+        constants={"SPANS": 64, "D": 31, "DP": 32},
+        options={"num_warps": 1},
+    )
+
+
 FAST: list[Spec] = [
     *(prefix_spec(90, 128, rows) for rows in (16, 32, 64, 128)),
     prefix_spec(90, 64, 128),
@@ -289,6 +329,9 @@ FAST: list[Spec] = [
     topk_merge_spec(90),
     topk_spec(100, 16),
     race_spec(90),
+    scan_spec(90),
+    scan_spec(100),
+    continue_spec(90),
 ]
 assert len(FAST) <= 28
 
@@ -315,5 +358,6 @@ for _arch in (80, 90, 100):
     _everything += [topk_spec(_arch, r, 32, race=True) for r in (16, 64)]
     _everything += [compact_spec(_arch), topk_merge_spec(_arch)]
     _everything += [race_spec(_arch), race_noise_spec(_arch)]
+    _everything += [scan_spec(_arch), continue_spec(_arch)]
 _seen = {spec.name for spec in FAST}
 REST: list[Spec] = [spec for spec in _everything if spec.name not in _seen]
