@@ -14,8 +14,9 @@ class DraftTree:
     """A batch of draft trees with a fixed node budget N; node 0 is the root.
 
     Invariants kept by `build_tree`: ids are topological (a parent's id is below its child's), an id is
-    never below its node's depth (KV compaction relies on it), the children of one node have ascending ids
-    in rank order, and the selected top-1 chain ("spine") has id = depth.
+    never below its node's depth (KV compaction relies on it), the children of one node have different tokens
+    and ascending ids, best first, and what is selected of the spine (the walk from the root to each node's
+    best child) has id = depth.
 
     Attributes:
         tokens: int64 [bs, N]; tokens[:, 0] is the anchor (the last committed token).

@@ -39,12 +39,14 @@ class Backend:
     draft_topk: object
     race_noise: object
     race_argmax: object
+    recall: object
 
 
 def _torch_backend(device: str) -> Backend:
     from dflash_kernels.gumbel.reference import race_argmax_torch, race_noise_torch
     from dflash_kernels.head_topk.reference import draft_topk_torch
     from dflash_kernels.kv_compact.reference import compact_kv_torch
+    from dflash_kernels.recall.reference import recall_torch
     from dflash_kernels.tree_accept.reference import accept_tree_torch
     from dflash_kernels.tree_attn.reference import tree_attention_torch
     from dflash_kernels.tree_build.reference import build_tree_torch
@@ -59,6 +61,7 @@ def _torch_backend(device: str) -> Backend:
         draft_topk_torch,
         race_noise_torch,
         race_argmax_torch,
+        recall_torch,
     )
 
 
@@ -66,6 +69,7 @@ def _triton_backend(device: str) -> Backend:
     from dflash_kernels.gumbel.kernel import race_argmax_triton, race_noise_triton
     from dflash_kernels.head_topk.kernel import draft_topk_triton
     from dflash_kernels.kv_compact.kernel import PointerTable, compact_kv_triton
+    from dflash_kernels.recall.kernel import recall_triton
     from dflash_kernels.tree_accept.kernel import accept_tree_triton
     from dflash_kernels.tree_attn.kernel import tree_attention_triton
     from dflash_kernels.tree_build.kernel import build_tree_triton
@@ -83,6 +87,7 @@ def _triton_backend(device: str) -> Backend:
         draft_topk_triton,
         race_noise_triton,
         race_argmax_triton,
+        recall_triton,
     )
 
 

@@ -1,4 +1,4 @@
-"""The specialisations that are compiled ahead of time: at most 24 in `make test`, the rest when asked for."""
+"""The specialisations that are compiled ahead of time: at most 28 in `make test`, the rest when asked for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import triton
 from dflash_kernels.gumbel import kernel as gumbel
 from dflash_kernels.head_topk import kernel as topk
 from dflash_kernels.kv_compact import kernel as compact
+from dflash_kernels.recall import kernel as recall
 from dflash_kernels.tree_accept import kernel as accept
 from dflash_kernels.tree_attn import kernel as attn
 from dflash_kernels.tree_attn.configs import _TABLE, MIN_CHUNK, TileConfig, tile_config
 from dflash_kernels.tree_build import kernel as build
+from dflash_kernels.tree_build import lattice_kernel as lattice
 from kernel_aot import Spec
 
 FP8 = "*fp8e4nv"
@@ -110,6 +112,35 @@ def build_spec(arch: int, nodes: int, *, spine: bool = True) -> Spec:
             "HOPS": 4,
             "HAS_BONUS": True,
             "FORCE_SPINE": spine,
+        },
+        options={"num_warps": 1},
+    )
+
+
+def lattice_spec(
+    arch: int, nodes: int, *, edges: bool = True, chain: bool = True, spine: bool = False
+) -> Spec:
+    """Tree build over edges, a chain of 31 or both, 15 draft positions of 16 candidates."""
+    base = build_spec(arch, nodes, spine=spine)
+    depth = min(31, nodes - 1) if chain else 0
+    parts = [word for word, there in (("edges", edges), ("chain", chain), ("spine", spine)) if there]
+    return Spec(
+        name=f"lattice-sm{arch}-n{nodes}-{'-'.join(parts)}",
+        kernel=lattice.build_lattice_kernel,
+        arch=arch,
+        types={
+            **base.types,
+            **dict.fromkeys(("edges_ptr", "chain_logprobs_ptr"), "*fp32"),
+            "chain_ids_ptr": "*i64",
+            **_strides(lattice.build_lattice_kernel),
+        },
+        constants={
+            **base.constants,
+            "KP": 32,
+            "D": depth,
+            "HOPS": max(15, depth).bit_length(),
+            "HAS_EDGES": edges,
+            "HAS_CHAIN": chain,
         },
         options={"num_warps": 1},
     )
@@ -236,6 +267,45 @@ def race_noise_spec(arch: int) -> Spec:
     )
 
 
+def scan_spec(arch: int) -> Spec:
+    """Scan of texts of up to 131,072 tokens for matches of 3 to 32."""
+    return Spec(
+        name=f"recall-scan-sm{arch}",
+        kernel=recall.scan_kernel,
+        arch=arch,
+        types={
+            "history_ptr": "*i32",
+            **dict.fromkeys(("rows_ptr", "lengths_ptr", "best_ptr"), "*i64"),
+            **_strides(recall.scan_kernel),
+        },
+        constants={
+            "SPANS": 64,
+            "SPAN": recall.SPAN,
+            "BLOCK": recall.BLOCK,
+            "MIN_MATCH": 3,
+            "MAX_MATCH": 32,
+        },
+        options={"num_warps": recall.WARPS},
+    )
+
+
+def continue_spec(arch: int) -> Spec:
+    """Best of 64 spans and a continuation of 31."""
+    return Spec(
+        name=f"recall-continue-sm{arch}",
+        kernel=recall.continue_kernel,
+        arch=arch,
+        types={
+            "history_ptr": "*i32",
+            "matched_ptr": "*i32",
+            **dict.fromkeys(("rows_ptr", "lengths_ptr", "best_ptr", "ids_ptr"), "*i64"),
+            **_strides(recall.continue_kernel),
+        },
+        constants={"SPANS": 64, "D": 31, "DP": 32},
+        options={"num_warps": 1},
+    )
+
+
 FAST: list[Spec] = [
     *(prefix_spec(90, 128, rows) for rows in (16, 32, 64, 128)),
     prefix_spec(90, 64, 128),
@@ -252,14 +322,18 @@ FAST: list[Spec] = [
     prefix_spec(100, 128, 128, fused=True),
     prefix_spec(100, 128, 128, kv=FP8),
     build_spec(90, 64),
+    lattice_spec(90, 64),
     accept_spec(90, 64),
     compact_spec(90),
     topk_spec(90, 64),
     topk_merge_spec(90),
     topk_spec(100, 16),
     race_spec(90),
+    scan_spec(90),
+    scan_spec(100),
+    continue_spec(90),
 ]
-assert len(FAST) <= 24
+assert len(FAST) <= 28
 
 _everything = [
     prefix_spec(arch, dim, rows, fused=fused)
@@ -274,10 +348,16 @@ _everything += [
 for _arch in (80, 90, 100):
     _everything += [merge_spec(_arch, dim, 64) for dim in (64, 128, 256)]
     _everything += [build_spec(_arch, n, spine=s) for n in (16, 64, 128) for s in (True, False)]
+    _everything += [
+        lattice_spec(_arch, n, edges=e, chain=c, spine=s)
+        for n in (16, 64, 128)
+        for e, c, s in ((True, False, False), (True, False, True), (False, True, False), (True, True, False))
+    ]
     _everything += [accept_spec(_arch, n) for n in (16, 128)]
     _everything += [topk_spec(_arch, r) for r in (16, 64)]
     _everything += [topk_spec(_arch, r, 32, race=True) for r in (16, 64)]
     _everything += [compact_spec(_arch), topk_merge_spec(_arch)]
     _everything += [race_spec(_arch), race_noise_spec(_arch)]
+    _everything += [scan_spec(_arch), continue_spec(_arch)]
 _seen = {spec.name for spec in FAST}
 REST: list[Spec] = [spec for spec in _everything if spec.name not in _seen]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import fields
+from itertools import pairwise
 
 import torch
-from dflash_kernels import DraftTree, num_words
+from dflash_kernels import DraftTree, ancestor_mask, num_words
 from hypothesis import strategies as st
+from kernel_oracles import heap_tree
 
 
 def pack_ancestors(rows: list[list[set[int]]], num_nodes: int) -> torch.Tensor:
@@ -70,3 +72,56 @@ def trees(draw: st.DrawFn, max_nodes: int = 40, vocab: int = 4) -> DraftTree:
 
 def to_device(tree: DraftTree, device: str) -> DraftTree:
     return DraftTree(**{f.name: getattr(tree, f.name).to(device) for f in fields(tree)})
+
+
+def candidates(bs: int, L: int, K: int, seed: int, step: float | None = None):
+    """(anchor, logprobs, ids); `step` rounds the log-probabilities so that scores tie."""
+    g = torch.Generator().manual_seed(seed)
+    logprobs = (2 * torch.randn(bs, L, max(K, 2), generator=g)).log_softmax(-1)[..., :K]
+    logprobs = logprobs.sort(dim=-1, descending=True).values
+    if step:
+        logprobs = (logprobs / step).round() * step
+    ids = torch.rand(bs, L, 997, generator=g).topk(K).indices  # distinct within a position
+    return torch.randint(0, 997, (bs,), generator=g), logprobs.contiguous(), ids
+
+
+def assert_equal_to_heap(
+    tree: DraftTree,
+    anchor,
+    topk_logprobs,
+    topk_ids,
+    num_nodes,
+    depth_bonus=None,
+    keep_spine=False,
+    edges=None,
+    chain=None,
+) -> None:
+    """Every field of the tree is the heap's, for every request."""
+    tree = to_device(tree, "cpu")
+    N = num_nodes
+    mask = ancestor_mask(tree.ancestors, N)
+    for b in range(anchor.shape[0]):
+        oracle = heap_tree(
+            int(anchor[b]),
+            topk_logprobs[b].numpy(),
+            topk_ids[b].numpy(),
+            N,
+            None if depth_bonus is None else depth_bonus.numpy(),
+            keep_spine,
+            None if edges is None else edges[b].numpy(),
+            None if chain is None else [t[b].numpy() for t in chain],
+        )
+        assert tree.tokens[b].tolist() == oracle.tokens
+        assert tree.parents[b].tolist() == oracle.parents
+        assert tree.depth[b].tolist() == oracle.depth
+        first = [c[0] if c else -1 for c in oracle.children]
+        sibling = [-1] * N
+        for c in oracle.children:
+            assert c == sorted(c), "acceptance needs children in ascending order"
+            for left, right in pairwise(c):
+                sibling[left] = right
+        assert tree.first_child[b].tolist() == first
+        assert tree.next_sibling[b].tolist() == sibling
+        for i in range(N):
+            assert set(mask[b, i].nonzero()[:, 0].tolist()) == oracle.ancestors(i)
+            assert i >= oracle.depth[i], "compaction needs ids that are never below their depth"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,45 +10,7 @@ import torch
 from dflash_kernels import DraftTree, ancestor_mask, build_tree
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_oracles import heap_tree
-
-
-def candidates(bs: int, L: int, K: int, seed: int, step: float | None = None):
-    """(anchor, logprobs, ids); `step` rounds the log-probabilities so that scores tie."""
-    g = torch.Generator().manual_seed(seed)
-    logprobs = (2 * torch.randn(bs, L, max(K, 2), generator=g)).log_softmax(-1)[..., :K]
-    logprobs = logprobs.sort(dim=-1, descending=True).values
-    if step:
-        logprobs = (logprobs / step).round() * step
-    ids = torch.stack([torch.randperm(997, generator=g)[:K] for _ in range(bs * L)]).view(bs, L, K)
-    return torch.randint(0, 997, (bs,), generator=g), logprobs.contiguous(), ids
-
-
-def assert_equal_to_heap(tree, anchor, logprobs, ids, N, bonus, keep_spine) -> None:
-    tree = DraftTree(**{f.name: getattr(tree, f.name).cpu() for f in fields(tree)})
-    mask = ancestor_mask(tree.ancestors, N)
-    for b in range(anchor.shape[0]):
-        oracle = heap_tree(
-            int(anchor[b]),
-            logprobs[b].numpy(),
-            ids[b].numpy(),
-            N,
-            None if bonus is None else bonus.numpy(),
-            keep_spine,
-        )
-        assert tree.tokens[b].tolist() == oracle.tokens
-        assert tree.parents[b].tolist() == oracle.parents
-        assert tree.depth[b].tolist() == oracle.depth
-        first = [c[0] if c else -1 for c in oracle.children]
-        sibling = [-1] * N
-        for c in oracle.children:
-            for left, right in pairwise(c):
-                sibling[left] = right
-        assert tree.first_child[b].tolist() == first
-        assert tree.next_sibling[b].tolist() == sibling
-        for i in range(N):
-            assert set(mask[b, i].nonzero()[:, 0].tolist()) == oracle.ancestors(i)
-            assert i >= oracle.depth[i], "compaction needs ids that are never below their depth"
+from kernel_trees import assert_equal_to_heap, candidates
 
 
 @given(

@@ -16,22 +16,66 @@ import triton
 import triton.language as tl
 
 from dflash_kernels.tree import DraftTree
+from dflash_kernels.tree_build import Chain
 
 
 @triton.jit
-def _gain(logprob, bonus):
+def gain_of(logprob, bonus):
     raw = logprob + bonus
     raw = tl.where(raw != raw, float("-inf"), raw)
     return tl.minimum(raw, 0.0)
 
 
 @triton.jit
-def _key(score, depth, parent, rank):
+def key_of(score, depth, parent, rank):
     """Larger is better; -1 for probability zero. Scores are <= 0, so their magnitude bits order them."""
     bits = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     tie = (depth << 16) | (parent << 8) | rank
     key = ((0x7F800000 - bits).to(tl.int64) << 24) | (0xFFFFFF - tie).to(tl.int64)
     return tl.where(bits >= 0x7F800000, -1, key)
+
+
+@triton.jit
+def write_tree(
+    b, new_id, token, parent, depth, first_child, next_sibling,
+    tokens_ptr, parents_ptr, depth_ptr, first_child_ptr, next_sibling_ptr, ancestors_ptr,
+    N: tl.constexpr, NP: tl.constexpr, WORDS: tl.constexpr, HOPS: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """Stores node i as node new_id[i]; IN_PLACE says that these are the same."""
+    node = tl.arange(0, NP)
+    up = tl.maximum(parent, 0)
+    store = node < N
+    row = b * N + new_id
+    tl.store(tokens_ptr + row, token, mask=store)
+    tl.store(depth_ptr + row, depth, mask=store)
+    if IN_PLACE:
+        tl.store(parents_ptr + row, parent, mask=store)
+        tl.store(first_child_ptr + row, first_child, mask=store)
+        tl.store(next_sibling_ptr + row, next_sibling, mask=store)
+    else:
+        mapped = tl.gather(new_id, up, 0)
+        tl.store(parents_ptr + row, tl.where(parent < 0, -1, mapped), mask=store)
+        mapped = tl.gather(new_id, tl.maximum(first_child, 0), 0)
+        tl.store(first_child_ptr + row, tl.where(first_child < 0, -1, mapped), mask=store)
+        mapped = tl.gather(new_id, tl.maximum(next_sibling, 0), 0)
+        tl.store(next_sibling_ptr + row, tl.where(next_sibling < 0, -1, mapped), mask=store)
+
+    for w in tl.static_range(WORDS):
+        word = tl.where((new_id >> 5) == w, 1 << (new_id & 31), 0)
+        jump = up
+        for _ in tl.static_range(HOPS):  # pointer doubling: 1, 2, 4, ... steps up
+            word = word | tl.gather(word, jump, 0)
+            jump = tl.gather(jump, jump, 0)
+        tl.store(ancestors_ptr + row * WORDS + w, word, mask=store)
+
+
+@triton.jit
+def spine_first(spine_nodes, depth, count, NP: tl.constexpr):
+    """New ids: nodes of the spine have their depth, the others follow in their order."""
+    node = tl.arange(0, NP)
+    total = tl.sum(spine_nodes, axis=0)
+    new_id = tl.where(spine_nodes == 1, depth, node + total - tl.cumsum(spine_nodes, axis=0))
+    return tl.where(node < count, new_id, node)
 
 
 @triton.jit
@@ -79,10 +123,10 @@ def build_tree_kernel(
         run = tl.sum(tl.where(node == 0, score, 0.0))  # 0.0 as a tensor
         for d in tl.static_range(L):
             bonus = tl.load(bonus_ptr + d) if HAS_BONUS else 0.0
-            g = _gain(tl.load(lp + d * stride_lp_l), bonus)
+            g = gain_of(tl.load(lp + d * stride_lp_l), bonus)
             if K > 1:
-                g_next = _gain(tl.load(lp + d * stride_lp_l + 1), bonus)
-                key = _key(run + tl.minimum(g, g_next), d + 1, d, 1)
+                g_next = gain_of(tl.load(lp + d * stride_lp_l + 1), bonus)
+                key = key_of(run + tl.minimum(g, g_next), d + 1, d, 1)
                 sibling_key = tl.where(node == d + 1, key, sibling_key)
             run = run + g
             score = tl.where(node == d + 1, run, score)
@@ -91,9 +135,9 @@ def build_tree_kernel(
         depth = tl.where(on_spine, node, depth)
         first_child = tl.where(node < L, node + 1, first_child)
         count = L + 1
-    elif N > 1:
+    elif N > 1 and L > 0:
         bonus = tl.load(bonus_ptr) if HAS_BONUS else 0.0
-        child_key = tl.where(node == 0, _key(_gain(tl.load(lp), bonus), 1, 0, 0), child_key)
+        child_key = tl.where(node == 0, key_of(gain_of(tl.load(lp), bonus), 1, 0, 0), child_key)
 
     for i in range(count, N):
         win = tl.max(tl.maximum(child_key, sibling_key), axis=0)
@@ -117,10 +161,10 @@ def build_tree_kernel(
             bonus_across = 0.0
         parent_score = tl.sum(tl.where(node == w_parent, score, 0.0), axis=0)
         # min(own score) is the running minimum over ranks: a sibling never outranks the one before it.
-        s_across = tl.minimum(parent_score + _gain(lp_across, bonus_across), w_score)
-        s_down = w_score + _gain(lp_down, bonus_down)
-        new_sibling = tl.where(across, _key(s_across, w_depth, w_parent, w_rank + 1), -1)
-        new_child = tl.where(down, _key(s_down, w_depth + 1, i, 0), -1)
+        s_across = tl.minimum(parent_score + gain_of(lp_across, bonus_across), w_score)
+        s_down = w_score + gain_of(lp_down, bonus_down)
+        new_sibling = tl.where(across, key_of(s_across, w_depth, w_parent, w_rank + 1), -1)
+        new_child = tl.where(down, key_of(s_down, w_depth + 1, i, 0), -1)
 
         here = (node == i) & live
         next_sibling = tl.where((sibling_key == win) & live, i, next_sibling)
@@ -145,37 +189,16 @@ def build_tree_kernel(
     # Pop order becomes node order, save that without a forced spine its nodes move to the front.
     new_id = node
     if not FORCE_SPINE:
-        total = tl.sum(spine_nodes, axis=0)
-        new_id = tl.where(spine_nodes == 1, depth, node + total - tl.cumsum(spine_nodes, axis=0))
-        new_id = tl.where(used, new_id, node)
+        new_id = spine_first(spine_nodes, depth, count, NP)
 
-    up = tl.maximum(parent, 0)
     candidate = (depth - 1) * stride_id_l + rank
     token = tl.load(ids_ptr + b * stride_id_b + candidate, mask=used & (node > 0), other=0)
     token = tl.where(used & (node > 0), token, tl.load(anchor_ptr + b))
-    store = node < N
-    row = b * N + new_id
-    tl.store(tokens_ptr + row, token, mask=store)
-    tl.store(depth_ptr + row, depth, mask=store)
-    if FORCE_SPINE:
-        tl.store(parents_ptr + row, parent, mask=store)
-        tl.store(first_child_ptr + row, first_child, mask=store)
-        tl.store(next_sibling_ptr + row, next_sibling, mask=store)
-    else:
-        mapped = tl.gather(new_id, up, 0)
-        tl.store(parents_ptr + row, tl.where(parent < 0, -1, mapped), mask=store)
-        mapped = tl.gather(new_id, tl.maximum(first_child, 0), 0)
-        tl.store(first_child_ptr + row, tl.where(first_child < 0, -1, mapped), mask=store)
-        mapped = tl.gather(new_id, tl.maximum(next_sibling, 0), 0)
-        tl.store(next_sibling_ptr + row, tl.where(next_sibling < 0, -1, mapped), mask=store)
-
-    for w in tl.static_range(WORDS):
-        word = tl.where((new_id >> 5) == w, 1 << (new_id & 31), 0)
-        jump = up
-        for _ in tl.static_range(HOPS):  # pointer doubling: 1, 2, 4, ... steps up
-            word = word | tl.gather(word, jump, 0)
-            jump = tl.gather(jump, jump, 0)
-        tl.store(ancestors_ptr + row * WORDS + w, word, mask=store)
+    write_tree(
+        b, new_id, token, parent, depth, first_child, next_sibling,
+        tokens_ptr, parents_ptr, depth_ptr, first_child_ptr, next_sibling_ptr, ancestors_ptr,
+        N, NP, WORDS, HOPS, FORCE_SPINE,
+    )  # fmt: skip
 
 
 def build_tree_triton(
@@ -186,39 +209,70 @@ def build_tree_triton(
     num_nodes: int,
     depth_bonus: torch.Tensor | None = None,
     keep_spine: bool = False,
+    edges: torch.Tensor | None = None,
+    chain: Chain | None = None,
     out: DraftTree | None = None,
 ) -> DraftTree:
-    """Same contract as `dflash_kernels.build_tree`; L and K at most 255."""
+    """Same contract as `dflash_kernels.build_tree`."""
     bs, L, K = topk_logprobs.shape
-    logprobs = topk_logprobs.float()
-    logprobs = logprobs if logprobs.stride(2) == 1 else logprobs.contiguous()
-    ids = topk_ids.long()
-    ids = ids if ids.stride(2) == 1 else ids.contiguous()
+    logprobs = _rows(topk_logprobs.float())
+    ids = _rows(topk_ids.long())
     bonus = None if depth_bonus is None else depth_bonus.float().contiguous()
     tree = DraftTree.empty(bs, num_nodes, anchor.device) if out is None else out
-    build_tree_kernel[(bs,)](
-        anchor.long(),
-        logprobs,
-        ids,
-        bonus if bonus is not None else logprobs,
+    fields = (
         tree.tokens,
         tree.parents,
         tree.depth,
         tree.first_child,
         tree.next_sibling,
         tree.ancestors,
-        logprobs.stride(0),
-        logprobs.stride(1),
-        ids.stride(0),
-        ids.stride(1),
-        N=num_nodes,
-        NP=max(triton.next_power_of_2(num_nodes), 32),
-        L=L,
-        K=K,
-        WORDS=tree.ancestors.shape[2],
-        HOPS=max(L, 1).bit_length(),
-        HAS_BONUS=bonus is not None,
-        FORCE_SPINE=keep_spine and num_nodes >= L + 1,
-        num_warps=1,
+    )
+    strides = (logprobs.stride(0), logprobs.stride(1), ids.stride(0), ids.stride(1))
+    constants = {
+        "N": num_nodes,
+        "NP": max(triton.next_power_of_2(num_nodes), 32),
+        "L": L,
+        "K": K,
+        "WORDS": tree.ancestors.shape[2],
+        "HAS_BONUS": bonus is not None,
+        "FORCE_SPINE": keep_spine and num_nodes >= L + 1,
+        "num_warps": 1,
+    }
+    bonus = logprobs if bonus is None else bonus
+    if edges is None and chain is None:
+        build_tree_kernel[(bs,)](
+            anchor.long(), logprobs, ids, bonus, *fields, *strides, HOPS=max(L, 1).bit_length(), **constants
+        )
+        return tree
+    from dflash_kernels.tree_build.lattice_kernel import build_lattice_kernel
+
+    rows = logprobs if edges is None else _rows(edges.float())
+    chain_ids, chain_logprobs = (ids, logprobs) if chain is None else (_rows(t) for t in chain)
+    D = 0 if chain is None else min(chain_ids.shape[1], num_nodes - 1)
+    build_lattice_kernel[(bs,)](
+        anchor.long(),
+        logprobs,
+        ids,
+        bonus,
+        rows,
+        chain_ids.long(),
+        chain_logprobs.float(),
+        *fields,
+        *strides,
+        rows.stride(0),
+        rows.stride(1),
+        rows.stride(2),
+        chain_ids.stride(0),
+        chain_logprobs.stride(0),
+        D=D,
+        KP=max(triton.next_power_of_2(K), 32),
+        HOPS=max(L, D, 1).bit_length(),
+        HAS_EDGES=edges is not None,
+        HAS_CHAIN=chain is not None,
+        **constants,
     )
     return tree
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,28 +1,44 @@
 """Torch twin of the tree builder, vectorised over requests; the product path on CPU.
 
-Two facts make it small. With candidates sorted by rank and a level's nodes sorted by score, the child
-(parent place p, rank k) is preceded by the (p+1)(k+1)-1 children that dominate it, so a level of W places
-needs only the pairs with (p+1)(k+1) <= W: about W ln W instead of W K. And a stable sort over all levels,
-laid out by (depth, place), applies the whole tie rule at once, because a parent never sorts behind its child.
+A depth's children are laid out by (parent's place, rank), as few as `places.py` finds possible, and the
+nodes of all depths by (depth, place). Taking the best, and of equal ones the first, then applies the whole
+tie rule at once, because a parent never comes behind its child.
+
+Edges and chains are searched in `lattice_reference.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from dflash_kernels.tree import WORD_BITS, DraftTree, num_words
+from dflash_kernels.tree_build import Chain
+from dflash_kernels.tree_build.places import best_first, lay_places
 
 
-@lru_cache(maxsize=64)
-def dominant_pairs(
-    width: int, ranks: int, device: torch.device | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(parent place, rank), int64 [C] each, of every child that can be among the first `width`."""
-    pairs = [(p, k) for p in range(width) for k in range(ranks) if (p + 1) * (k + 1) <= width]
-    place, rank = torch.tensor(pairs, dtype=torch.int64, device=device).unbind(1)
-    return place, rank
+@dataclass
+class Nodes:
+    """Every node that can be in the tree, depth after depth, best first within a depth: F of them.
+
+    Attributes:
+        score: float32 [bs, F]; the sort that picks the nodes goes by it.
+        up: int64 [bs, F], the parent's index in here; below 0 for the root.
+        token: int64 [bs, F], index of its token among those given to the layout.
+        above: int64 [F], depth - 1.
+        spine: bool [F], whether it is the spine's node if it is in the tree; None where that has to be found
+            by walking.
+        depths: no node is deeper.
+    """
+
+    score: torch.Tensor
+    up: torch.Tensor
+    token: torch.Tensor
+    above: torch.Tensor
+    spine: torch.Tensor | None
+    depths: int
 
 
 @lru_cache(maxsize=64)
@@ -35,6 +51,12 @@ def own_bits(num_nodes: int, device: torch.device) -> torch.Tensor:
     return bits.to(device)
 
 
+def gain_of(logprobs: torch.Tensor, depth_bonus: torch.Tensor | None = None) -> torch.Tensor:
+    """min(0, logprob + bonus), NaN as -inf; `depth_bonus` broadcasts."""
+    gain = logprobs if depth_bonus is None else logprobs + depth_bonus
+    return gain.nan_to_num(nan=float("-inf"), posinf=0.0, neginf=float("-inf")).clamp_(max=0.0)
+
+
 def build_tree_torch(
     anchor: torch.Tensor,
     topk_logprobs: torch.Tensor,
@@ -43,86 +65,76 @@ def build_tree_torch(
     num_nodes: int,
     depth_bonus: torch.Tensor | None = None,
     keep_spine: bool = False,
+    edges: torch.Tensor | None = None,
+    chain: Chain | None = None,
     out: DraftTree | None = None,
 ) -> DraftTree:
     """Same contract as `dflash_kernels.build_tree`."""
-    bs, L, K = topk_logprobs.shape
-    N, dev = num_nodes, topk_logprobs.device
-    W = max(N - 1, 1)
-    place, rank = dominant_pairs(W, K, dev)
+    N, L = num_nodes, topk_logprobs.shape[1]
+    W = max(N - 1, 1)  # no depth has more places, and none lies deeper
+    force = keep_spine and N >= L + 1
+    logprobs, ids = topk_logprobs.float()[:, :W], topk_ids.long()[:, :W]
+    bonus = None if depth_bonus is None else depth_bonus.float()[:W, None]
+    if edges is None and chain is None:
+        tokens, nodes = ids.flatten(1), _search(logprobs, bonus, W)
+    else:
+        from dflash_kernels.tree_build.lattice_reference import search_lattice
 
-    gain = topk_logprobs.float()
-    if depth_bonus is not None:
-        gain = gain + depth_bonus.float()[None, :, None]
-    gain = gain.nan_to_num(nan=float("-inf"), posinf=0.0, neginf=float("-inf")).clamp_(max=0.0)
-    gain = gain.cummin(dim=2).values[:, :, rank]
+        edges = None if edges is None else edges.float()[:, :W]
+        tokens, nodes = search_lattice(logprobs, ids, bonus, edges, chain, W, force_spine=force)
+    tree = _lay_out(anchor, tokens, nodes, N, force_spine=force)
+    return tree if out is None else out.copy_(tree)
 
-    score = gain.new_full((bs, W), float("-inf"))
-    score[:, 0] = 0.0
-    scores, picks = [], []
-    for d in range(L):
-        child = score.index_select(1, place) + gain[:, d]
-        if child.shape[1] < W:  # too few candidates for W places
-            child = torch.nn.functional.pad(child, (0, W - child.shape[1]), value=float("-inf"))
-        ordered, pick = child.sort(dim=1, descending=True, stable=True)
-        score = ordered[:, :W]
+
+def _search(logprobs: torch.Tensor, bonus: torch.Tensor | None, W: int) -> Nodes:
+    """The best nodes of each depth where all parents rank the same children."""
+    bs, L, K = logprobs.shape
+    layout = lay_places(W, L, K, logprobs.device)
+    gain = gain_of(logprobs, bonus).cummin(dim=2).values
+    score = gain.new_zeros(bs, 1)
+    scores, picks = [score[:, :0]], [layout.rank.new_empty(bs, 0)]
+    for d, level in enumerate(layout.levels):
+        child = score.index_select(1, level.place) + gain[:, d].index_select(1, level.column)
+        score, pick = best_first(child, level.width)
         scores.append(score)
-        picks.append(pick[:, :W])
-    level = torch.stack(scores, 1)
-    pick = torch.stack(picks, 1).clamp_(max=place.numel() - 1)
-
-    order = _best_first(level, N, force_spine=keep_spine and N >= L + 1)
-    return _lay_out(anchor, topk_ids, place[pick], rank[pick], *order, N, out)
-
-
-def _best_first(level: torch.Tensor, N: int, *, force_spine: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The N - 1 best nodes of all depths, best first.
-
-    Args:
-        level: float32 [bs, L, W], scores of each depth's places in order.
-
-    Returns:
-        int64 [bs, n <= N - 1] flat (depth - 1) * W + place, and bool [bs, n], False for probability zero.
-    """
-    bs, L, W = level.shape
-    if force_spine:
-        level = level.clone()
-        level[:, :, 0] = float("inf")
-    # Row-major order is (depth, place): a stable sort applies the tie rule.
-    best, index = level.view(bs, L * W).sort(dim=1, descending=True, stable=True)
-    return index[:, : N - 1], best[:, : N - 1] > float("-inf")
+        picks.append(pick)
+    child = torch.cat(picks, 1) + layout.first_child
+    return Nodes(
+        score=torch.cat(scores, 1),
+        up=layout.place[child] + layout.first_above,
+        token=layout.rank[child] + layout.above * K,
+        above=layout.above,
+        spine=layout.leads,
+        depths=L,
+    )
 
 
 def _lay_out(
-    anchor: torch.Tensor,
-    topk_ids: torch.Tensor,
-    place: torch.Tensor,
-    rank: torch.Tensor,
-    chosen: torch.Tensor,
-    alive: torch.Tensor,
-    N: int,
-    out: DraftTree | None,
+    anchor: torch.Tensor, tokens: torch.Tensor, nodes: Nodes, N: int, *, force_spine: bool
 ) -> DraftTree:
-    """Numbers the chosen nodes and writes the tree.
+    """Takes the N - 1 best nodes, numbers them and writes the tree; `tokens` int64 [bs, any]."""
+    bs, dev = anchor.shape[0], anchor.device
+    if force_spine:
+        score = nodes.score.masked_fill(nodes.spine, float("inf"))
+        best, chosen = score.sort(dim=1, descending=True, stable=True)
+        best, chosen = best[:, : N - 1], chosen[:, : N - 1]
+    else:  # laid out by (depth, place): this applies the tie rule
+        best, chosen = best_first(nodes.score, N - 1)
+    alive = best > float("-inf")
+    above = nodes.above[chosen]
 
-    Args:
-        place, rank: int64 [bs, L, W], the parent's place at the depth above and the rank of each node.
-        chosen, alive: from `_best_first`.
-    """
-    bs, L, W = place.shape
-    dev = place.device
-    above, at = chosen // W, chosen % W  # depth - 1, place
-    spine = alive & (at == 0)
-    other = alive & (at != 0)
-    ids = torch.where(spine, above + 1, spine.sum(1, keepdim=True) + other.cumsum(1))
+    # Numbers follow the order of selection, 0 is the root; ids have the spine in front.
+    number = torch.arange(1, chosen.shape[1] + 1, device=dev).expand_as(chosen)
+    up = nodes.up.gather(1, chosen)
+    parent = torch.zeros_like(nodes.up).scatter_(1, chosen, number).gather(1, up.clamp(min=0))
+    parent = torch.where(up < 0, 0, parent)
+    spine = alive & (_on_spine(parent, alive, nodes.depths) if nodes.spine is None else nodes.spine[chosen])
+    ids = torch.where(spine, above + 1, spine.sum(1, keepdim=True) + (alive & ~spine).cumsum(1))
     ids = torch.where(alive, ids, N)
-    id_of = torch.zeros(bs, L * W, dtype=torch.int64, device=dev).scatter_(1, chosen, ids)
-    up = (above - 1).clamp(min=0) * W + place.view(bs, L * W).gather(1, chosen)
-    parent = torch.where(above > 0, id_of.gather(1, up), 0)
+    parent = torch.nn.functional.pad(ids, (1, 0)).gather(1, parent)
 
-    tokens = anchor.long()[:, None].repeat(1, N + 1)
-    candidate = above * topk_ids.shape[2] + rank.view(bs, L * W).gather(1, chosen)
-    tokens.scatter_(1, ids, topk_ids.long().reshape(bs, -1).gather(1, candidate))
+    token = anchor.long()[:, None].repeat(1, N + 1)
+    token.scatter_(1, ids, tokens.gather(1, nodes.token.gather(1, chosen)))
     parents = torch.zeros(bs, N + 1, dtype=torch.int64, device=dev).scatter_(1, ids, parent)[:, :N]
     depth = torch.ones(bs, N + 1, dtype=torch.int32, device=dev).scatter_(1, ids, above.int() + 1)
     depth[:, 0] = 0
@@ -138,17 +150,37 @@ def _lay_out(
 
     ancestors = own_bits(N, dev).expand(bs, -1, -1)
     jump = parents
-    for _ in range(max(L, 1).bit_length()):  # pointer doubling: 1, 2, 4, ... steps up
+    for _ in range(max(nodes.depths, 1).bit_length()):  # pointer doubling: 1, 2, 4, ... steps up
         ancestors = ancestors | ancestors.gather(1, jump[:, :, None].expand(-1, -1, ancestors.shape[2]))
         jump = jump.gather(1, jump)
     parents[:, 0] = -1
 
     tree = DraftTree(
-        tokens=tokens[:, :N].contiguous(),
+        tokens=token[:, :N].contiguous(),
         parents=parents.int(),
         depth=depth[:, :N].contiguous(),
         first_child=torch.where(first_child < N, first_child, -1).int(),
         next_sibling=next_sibling.int(),
         ancestors=ancestors,
     )
-    return tree if out is None else out.copy_(tree)
+    return tree
+
+
+def _on_spine(parent: torch.Tensor, alive: torch.Tensor, depths: int) -> torch.Tensor:
+    """Which of the selected nodes are the best child of a node of the spine, the root included.
+
+    Args:
+        parent: int64 [bs, n], the number of each node's parent; nodes have numbers 1..n in the order of
+            selection.
+        alive: bool [bs, n].
+    """
+    bs, n = parent.shape
+    number = torch.arange(1, n + 1, device=parent.device).expand(bs, -1)
+    best = torch.full((bs, n + 2), n + 1, dtype=torch.int64, device=parent.device)
+    best.scatter_reduce_(1, torch.where(alive, parent, n + 1), number, "amin")
+    spine = torch.nn.functional.pad(best.gather(1, parent) == number, (1, 0), value=True)
+    jump = torch.nn.functional.pad(parent, (1, 0))
+    for _ in range(depths.bit_length()):  # all ancestors by pointer doubling
+        spine = spine & spine.gather(1, jump)
+        jump = jump.gather(1, jump)
+    return spine[:, 1:]
