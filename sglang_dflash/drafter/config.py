@@ -111,7 +111,9 @@ class DrafterConfig(BaseModel):
         try:
             return list(build_target_layer_ids(layers, self.num_hidden_layers))
         except ValueError as error:
-            raise UserError(f"the drafter names no target_layer_ids and SGLang has no default: {error}") from None
+            raise UserError(
+                f"the drafter names no target_layer_ids and SGLang has no default: {error}"
+            ) from None
 
 
 @lru_cache(maxsize=8)
@@ -126,7 +128,7 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
-        wanted = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
+        wanted: dict[str, Any] = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
         try:
             return Path(snapshot_download(path, **wanted))
         except Exception as error:

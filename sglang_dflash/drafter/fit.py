@@ -86,6 +86,8 @@ def _feature_layers(config: DrafterConfig, target: Any, target_name: str) -> lis
             count,
         )
     layers = config.target_layers(count)
+    if config.dflash_config.target_layer_ids is None and made_for is None:
+        config.target_layers()  # SGLang's class goes by the drafter's own layers, and refuses two or three
     if not layers:
         raise UserError("the drafter's target_layer_ids is empty; a drafter reads at least one target layer")
     limit = count - 1 if getattr(target, "model_type", None) in INPUT_CAPTURES else count - 2

@@ -1,4 +1,4 @@
-"""Which kind of drafter a ``config.json`` is of: the ones SGLang's DFLASH loads, and a word for the others."""
+"""Which kind of drafter a ``config.json`` is of: those SGLang's DFLASH loads, and a word for the others."""
 
 from __future__ import annotations
 
@@ -68,8 +68,9 @@ def _speculators(raw: Mapping[str, Any], folder: Path) -> str:
         return f"{where} ({kind}), which SGLang's DFLASH does not read; see docs/drafters.md"
     layers = [int(layer) - 1 for layer in raw.get("aux_hidden_state_layer_ids") or []]
     return (
-        f"{where}, which SGLang does not read; its tensors fit as they are: write a config.json with the keys "
-        "of transformer_layer_config at the top, "
-        f'"architectures": ["DFlashDraftModel"] and "dflash_config": {{"block_size": {raw.get("block_size")}, '
+        f"{where}, which SGLang does not read; its tensors fit as they are: write a config.json with the "
+        "keys of transformer_layer_config at the top, "
+        '"architectures": ["DFlashDraftModel"] and '
+        f'"dflash_config": {{"block_size": {raw.get("block_size")}, '
         f'"mask_token_id": {raw.get("mask_token_id")}, "target_layer_ids": {layers}}} (docs/drafters.md)'
     )

@@ -37,7 +37,9 @@ def read_tensors(folder: Path) -> dict[str, TensorEntry]:
         entries = read_header(file)
         lost = next((name for name, home in index.items() if home == file.name and name not in entries), None)
         if lost is not None:
-            raise UserError(f"{file} has no tensor {lost}, which {INDEX} places there; fetch the drafter again")
+            raise UserError(
+                f"{file} has no tensor {lost}, which {INDEX} places there; fetch the drafter again"
+            )
         tensors.update(entries)
     return tensors
 

@@ -14,6 +14,7 @@ from typing import Any
 from sglang_dflash import __version__
 from sglang_dflash.drafter import block_size_of
 from sglang_dflash.errors import UserError
+from sglang_dflash.plugin import mode
 from sglang_dflash.settings import get_settings
 
 logger = logging.getLogger("sglang_dflash")
@@ -51,10 +52,11 @@ def create_worker(original: Callable, self: Any, server_args: Any) -> Any:
         }
     )
     verify_installed()
-    if get_settings().mode == "chain":
+    decision = mode.decided()
+    if decision.mode == "chain":
         from sglang_dflash.worker.banner import announce_chain
 
-        announce_chain()
+        announce_chain(decision.reason)
         return original(self, server_args)
     _follow_transfers()
     from sglang_dflash.worker.worker import TreeWorker
@@ -76,8 +78,9 @@ def _follow_transfers() -> None:
 
 
 def handle_dflash(original: Callable, server_args: Any) -> Any:
-    """AROUND ``_handle_dflash``: drafter check, refusals and the default budget, in the parent."""
+    """AROUND ``_handle_dflash``: drafter check, who decodes and the default budget, in the parent."""
     if get_settings().mode == "chain":
+        mode.decide(mode.OFF_SWITCH)
         return original(server_args)
     verify_installed()
     from sglang_dflash.plugin.start import check_start
@@ -93,11 +96,14 @@ def resolve_alias(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """AROUND ``_resolve_speculative_algorithm_alias``: the first place SGLang opens the drafter."""
-    if str(speculative_algorithm).upper() == "DFLASH" and get_settings().mode == "tree":
-        from sglang_dflash.plugin.start import check_drafter_readable
+    """AROUND ``_resolve_speculative_algorithm_alias``: the first place SGLang opens the drafter.
 
-        check_drafter_readable(speculative_draft_model_path)
+    It looks whether an EAGLE draft is Gemma's, and opens the drafter's folder without its revision for that.
+    DFLASH has no alias; its drafter is opened in ``handle_dflash``.
+    """
+    mode.forget()
+    if str(speculative_algorithm).upper() == "DFLASH" and get_settings().mode != "chain":
+        return speculative_algorithm
     return original(speculative_algorithm, speculative_draft_model_path, *args, **kwargs)
 
 
@@ -106,7 +112,7 @@ def _tree_spec() -> Any | None:
     from sglang.srt.runtime_context import get_spec
 
     spec = get_spec()
-    if spec.speculative_algorithm != "DFLASH" or get_settings().mode == "chain":
+    if spec.speculative_algorithm != "DFLASH" or mode.decided().mode == "chain":
         return None
     return spec
 
@@ -162,7 +168,7 @@ def server_info(result: None, self: Any, state: dict[str, Any]) -> None:
         "plugin": __version__,
         "mode": "tree" if describe else "chain",
         "worker": f"{type(worker).__module__}.{type(worker).__qualname__}",
-        **(describe() if describe else {}),
+        **(describe() if describe else mode.why()),
     }
 
 
@@ -179,7 +185,7 @@ def publish(result: Any, server_args: Any, *args: Any, role: str, **kwargs: Any)
     Their targets cost seconds to import in a process that would not need them. SGLang's own chain keeps
     SGLang's own sampler.
     """
-    if get_settings().mode == "chain":
+    if mode.decided().mode == "chain":
         return
     from sglang_dflash.upstream import contract
 

@@ -184,7 +184,9 @@ def test_a_sharded_drafter_is_read_by_its_index(folder: Path) -> None:
 def test_a_missing_shard_is_named(folder: Path) -> None:
     shard(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is missing, .*index\.json names it"):
+    with pytest.raises(
+        UserError, match=r"model-00002-of-00002\.safetensors is missing, .*index\.json names it"
+    ):
         check(folder)
 
 
@@ -216,7 +218,9 @@ def pack(folder: Path) -> None:
 
 def test_packed_weights_need_their_quantization_config(folder: Path) -> None:
     pack(folder)
-    with pytest.raises(UserError, match=r"down_proj\.weight_packed is quantised, but its config\.json has no"):
+    with pytest.raises(
+        UserError, match=r"down_proj\.weight_packed is quantised, but its config\.json has no"
+    ):
         check(folder)
     module.read_config.cache_clear()
     edit_config(folder, quantization_config={"quant_method": "compressed-tensors"})
@@ -306,7 +310,9 @@ def test_a_folder_of_speculators_says_how_to_convert(folder: Path) -> None:
         "block_size": 8,
         "mask_token_id": 259,
         "aux_hidden_state_layer_ids": [1, 3],
-        "transformer_layer_config": {k: v for k, v in layer.items() if k not in ("dflash_config", "architectures")},
+        "transformer_layer_config": {
+            k: v for k, v in layer.items() if k not in ("dflash_config", "architectures")
+        },
     }
     file.write_text(json.dumps(written))
     with pytest.raises(UserError, match="layout of the speculators library") as caught:
