@@ -18,8 +18,12 @@ from sglang_dflash.errors import UserError
 
 PREFIX = "SGLANG_DFLASH_"
 
-# Names with our prefix that others own: SGLang's own switches and our command line's cache folder.
-FOREIGN = frozenset({"SGLANG_DFLASH_EAGER_DRAFT_SAMPLER", "SGLANG_DFLASH_CACHE"})
+#: What the parent tells its processes about who decodes; no setting (``plugin/mode.py``).
+DECISION = "SGLANG_DFLASH_DECISION"
+
+# Names with our prefix that are no settings: SGLang's own switches, our command line's cache folder and the
+# parent's word to its children.
+FOREIGN = frozenset({"SGLANG_DFLASH_EAGER_DRAFT_SAMPLER", "SGLANG_DFLASH_CACHE", DECISION})
 
 MAX_NODES = 128  # what the kernels take (dflash_kernels.tree_attention)
 MAX_CANDIDATES = 32  # what the kernels take (dflash_kernels.draft_topk)
@@ -30,8 +34,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
-    mode: Literal["tree", "chain"] = Field(
-        "tree", description="tree: this plugin's worker; chain: SGLang's own worker, untouched"
+    mode: Literal["auto", "tree", "chain"] = Field(
+        "auto",
+        description="tree: this plugin's worker, or an error where it cannot serve; chain: SGLang's own "
+        "worker, untouched; auto: trees where they can serve, else SGLang's chain, on a GPU",
     )
     top_k: int = Field(
         16, ge=1, le=MAX_CANDIDATES, description="candidate tokens per draft position the tree may use"

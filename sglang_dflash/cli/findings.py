@@ -330,8 +330,12 @@ def running_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
         )
         return
     if marker.mode != "tree":
+        reason = f", because trees do not serve {marker.reason}" if marker.reason else ""
         yield Finding(
-            False, "decoding", f"{marker.mode}: {marker.worker}", "unset SGLANG_DFLASH_MODE for draft trees"
+            False,
+            "decoding",
+            f"{marker.mode}: {marker.worker}{reason}",
+            f"for draft trees {marker.way_out or 'unset SGLANG_DFLASH_MODE'}",
         )
         return
     extra = " ".join(f"{name}={value}" for name, value in (marker.model_extra or {}).items())

@@ -6,7 +6,8 @@ target first where needed. With your own model give both halves: --model-path TA
 
   --mode plain   no speculative decoding
   --mode chain   SGLang's own DFLASH worker (one proposed token per position)
-  --mode tree    draft trees (the default)
+  --mode tree    draft trees, or an error where they cannot serve
+  (no --mode)    draft trees; where they cannot serve and there is a GPU, the chain with a line that says why
 
 `python -m sglang.launch_server --help` lists SGLang's flags.
 """

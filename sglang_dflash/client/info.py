@@ -12,13 +12,18 @@ from sglang_dflash.errors import UserError
 
 
 class Marker(BaseModel):
-    """What the plugin's hook puts into ``/server_info``: the worker really in use."""
+    """What the plugin's hook puts into ``/server_info``: the worker really in use.
+
+    ``reason`` and ``way_out`` say why it is not the tree worker and how to get that.
+    """
 
     model_config = ConfigDict(extra="allow")
 
     plugin: str
     mode: str
     worker: str
+    reason: str = ""
+    way_out: str = ""
 
 
 class ServerInfo(BaseModel):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from sglang_dflash.drafter.config import DrafterConfig, read_config
+from sglang_dflash.drafter.expected import DENSE_DTYPES, canonical, packed, passed_over, stored, wanted
 from sglang_dflash.drafter.tensors import TensorEntry, read_tensors
 from sglang_dflash.errors import UserError
+
+logger = logging.getLogger("sglang_dflash")
+
+#: A vocabulary may be padded to a multiple of 64 to 1024; more than a hundredth is another vocabulary.
+PADDING = 0.01
+#: Targets that capture a layer's input and not its output: the last layer's is one they have.
+INPUT_CAPTURES = frozenset({"muse_glimmer"})
 
 
 def check_fits(folder: Path, *, target: Any, target_name: str) -> DrafterConfig:
@@ -22,7 +31,19 @@ def check_fits(folder: Path, *, target: Any, target_name: str) -> DrafterConfig:
         UserError: one line naming what does not fit.
     """
     config = read_config(folder)
-    tensors = read_tensors(folder)
+    tensors = canonical(read_tensors(folder))
+    _check_target(config, target, target_name)
+    features = len(_feature_layers(config, target, target_name))
+    if config.dflash_config.projector_type == "domino" and config.vocab_size not in (None, target.vocab_size):
+        raise UserError(
+            f"the Domino drafter was made for a vocabulary of {config.vocab_size}, {target_name} has "
+            f"{target.vocab_size}, and its head needs both equal"
+        )
+    _check_tensors(folder, config, tensors, features)
+    return config
+
+
+def _check_target(config: DrafterConfig, target: Any, target_name: str) -> None:
     dflash = config.dflash_config
     if config.block < 2:
         raise UserError(f"the drafter's block_size is {config.block}; a draft block needs at least 2 rows")
@@ -31,7 +52,9 @@ def check_fits(folder: Path, *, target: Any, target_name: str) -> DrafterConfig:
             f"the drafter was made for hidden size {config.hidden_size}, {target_name} has "
             f"{target.hidden_size}; use the drafter trained for this target"
         )
-    if config.vocab_size is not None and config.vocab_size != target.vocab_size:
+    # Embedding and head are the target's, so a padded vocabulary on either side is no matter.
+    off = 0 if config.vocab_size is None else abs(config.vocab_size - target.vocab_size)
+    if off > PADDING * target.vocab_size and not _is_reduced(config):
         raise UserError(
             f"the drafter was made for a vocabulary of {config.vocab_size}, {target_name} has "
             f"{target.vocab_size}; use the drafter trained for this target"
@@ -41,42 +64,91 @@ def check_fits(folder: Path, *, target: Any, target_name: str) -> DrafterConfig:
             f"the drafter's mask_token_id {dflash.mask_token_id} is outside {target_name}'s vocabulary "
             f"of {target.vocab_size}"
         )
-    made_for = dflash.num_target_layers or config.num_target_layers
-    if made_for is not None and made_for != target.num_hidden_layers:
-        raise UserError(
-            f"the drafter was made for a target of {made_for} layers, {target_name} has "
-            f"{target.num_hidden_layers}; use the drafter trained for this target"
+
+
+def _is_reduced(config: DrafterConfig) -> bool:
+    """The config counts the drafter's reduced vocabulary under ``vocab_size`` too."""
+    return config.draft_vocab_size is not None and config.vocab_size == config.draft_vocab_size
+
+
+def _feature_layers(config: DrafterConfig, target: Any, target_name: str) -> list[int]:
+    """The target layers that the drafter reads.
+
+    Raises UserError for one that SGLang does not capture.
+    """
+    count = target.num_hidden_layers * int(getattr(target, "num_loops", 1) or 1)
+    made_for = config.dflash_config.num_target_layers
+    if made_for is not None and made_for != count:
+        logger.warning(
+            "the drafter's config says that its target has %d layers, %s has %d; going by the target",
+            made_for,
+            target_name,
+            count,
         )
-    layers = config.target_layers()
-    limit = target.num_hidden_layers - 2
+    layers = config.target_layers(count)
+    if config.dflash_config.target_layer_ids is None and made_for is None:
+        config.target_layers()  # SGLang's class goes by the drafter's own layers, and refuses two or three
+    if not layers:
+        raise UserError("the drafter's target_layer_ids is empty; a drafter reads at least one target layer")
+    limit = count - 1 if getattr(target, "model_type", None) in INPUT_CAPTURES else count - 2
     wrong = [layer for layer in layers if not 0 <= layer <= limit]
     if wrong:
         raise UserError(
             f"the drafter reads target layer {wrong[0]}, but SGLang captures layers 0 to {limit} of "
-            f"{target_name} ({target.num_hidden_layers} layers; the last is never captured)"
+            f"{target_name} ({count} layers; the last is never captured)"
         )
-    _check_shapes(folder, config, tensors, len(layers))
-    return config
+    if made_for is not None and max(layers) >= made_for:
+        raise UserError(
+            f"the drafter reads target layer {max(layers)}, but its own config says num_target_layers "
+            f"{made_for}, and SGLang refuses that; set num_target_layers to {count}"
+        )
+    return layers
 
 
-def _check_shapes(
-    folder: Path, config: DrafterConfig, tensors: dict[str, TensorEntry], num_features: int
-) -> None:
-    names = {name.removeprefix("model."): entry for name, entry in tensors.items()}
-    hidden = config.hidden_size
-    expected = {
-        "fc.weight": [hidden, num_features * hidden],
-        "hidden_norm.weight": [hidden],
-        "norm.weight": [hidden],
-    }
-    for name, shape in expected.items():
-        if name not in names:
-            raise UserError(f"the drafter {folder} has no tensor {name}; it is not a DFlash checkpoint")
-        if names[name].shape != shape:
+def _check_tensors(folder: Path, config: DrafterConfig, names: dict[str, TensorEntry], features: int) -> None:
+    if not config.quantization_config and not (folder / "hf_quant_config.json").is_file():
+        small = packed(names) or next(
+            (want.name for want in wanted(config, features) if _is_small(names, want.name)), None
+        )
+        if small is not None:
             raise UserError(
-                f"the drafter's {name} is {names[name].shape}, its config ({num_features} feature layers of "
-                f"{hidden}) needs {shape}; config and weights do not belong together"
+                f"the drafter's {small} is quantised, but its config.json has no quantization_config; "
+                "SGLang would load none of it: fetch the drafter again, or take it in bfloat16"
             )
-    for layer in range(config.num_hidden_layers):
-        if not any(name.startswith(f"layers.{layer}.") for name in names):
-            raise UserError(f"the drafter {folder} has no weights for its layer {layer}; fetch it again")
+    for want in wanted(config, features):
+        entry, plain = stored(want, names)
+        if entry is None:
+            raise UserError(_missing(folder, config, names, want.name))
+        if plain and want.shape is not None and tuple(entry.shape) != want.shape:
+            raise UserError(
+                f"the drafter's {want.name} is {entry.shape}, its config ({features} feature layers of "
+                f"{config.hidden_size}, {config.num_hidden_layers} layers) needs {list(want.shape)}; config "
+                "and weights do not belong together"
+            )
+    ignored = passed_over(config, names, features)
+    domino = [name for name in ignored if name.startswith(("prefix_gru.", "embed_proj."))]
+    if domino:
+        raise UserError(
+            f"the drafter has Domino's tensor {domino[0]}, but its config.json does not say "
+            'projector_type "domino"; SGLang refuses it so'
+        )
+    if ignored:
+        logger.warning(
+            "SGLang does not load %s of the drafter%s: drafts are made with the target's own embedding and "
+            "head, over its whole vocabulary",
+            ignored[0],
+            f" and {len(ignored) - 1} more tensors" if len(ignored) > 1 else "",
+        )
+
+
+def _is_small(names: dict[str, TensorEntry], name: str) -> bool:
+    return name in names and names[name].dtype not in DENSE_DTYPES
+
+
+def _missing(folder: Path, config: DrafterConfig, names: dict[str, TensorEntry], name: str) -> str:
+    layer = name.split(".")[1] if name.startswith("layers.") else None
+    if layer is not None and not any(other.startswith(f"layers.{layer}.") for other in names):
+        return f"the drafter {folder} has no weights for its layer {layer}; fetch it again"
+    if layer is None and not any(other.startswith("layers.") for other in names):
+        return f"the drafter {folder} has no tensor {name}; it is not a DFlash checkpoint"
+    return f"the drafter {folder} has no tensor {name}; fetch it again"

@@ -21,8 +21,11 @@ _EMBEDDED_DEFAULTS = ("--max-total-tokens", "65536", "--sleep-on-idle")
 
 
 def mode_environment(mode: Mode) -> dict[str, str | None]:
-    """Environment changes that choose the worker: None removes a variable that would contradict."""
-    return {MODE_VARIABLE: "chain" if mode == "chain" else None}
+    """Environment changes that choose the worker: None removes a variable that would contradict.
+
+    Whoever names a mode gets it or an error; only without a name does the server choose.
+    """
+    return {MODE_VARIABLE: None if mode == "plain" else mode}
 
 
 def drafter_flags(mode: Mode, drafter: str | Path) -> list[str]:

@@ -168,7 +168,7 @@ class CpuAttentionBackend(AttentionBackend):
             qk_dim=layer.qk_head_dim,
             v_dim=layer.v_head_dim,
             scale=layer.scaling,
-            window=window if window is not None and window > -1 and not bidirectional else None,
+            window=window if window is not None and window > -1 else None,
             logit_cap=layer.logit_cap or 0.0,
             bidirectional=bidirectional,
         )

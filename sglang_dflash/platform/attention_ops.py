@@ -156,7 +156,8 @@ def visible_keys(
         tree: bool ``[requests, width, width]`` ancestor mask over the new keys, or None.
         positions: int64 ``[requests, width]`` of the query rows; default ``prefix + i``.
         bidirectional: every row sees all keys of its request (the drafter's block).
-        window: hide keys more than ``window`` positions before the query row.
+        window: hide keys more than ``window`` positions before the query row and, of a bidirectional
+            layer, after it, as SGLang's Triton kernel does.
     """
     columns = torch.arange(kv_len)
     prefix = prefix_lens.view(-1, 1, 1)
@@ -174,6 +175,8 @@ def visible_keys(
         if positions is not None:
             key = key.clone().scatter_(2, prefix + rows.view(1, 1, -1), positions.unsqueeze(1))
         visible = visible & (key >= query - window)
+        if bidirectional:
+            visible = visible & (key <= query + window)
     return visible
 
 
@@ -204,15 +207,17 @@ def attend(
     for begin in range(0, segment.width, step):
         end = min(begin + step, segment.width)
         keys = prefix + (segment.width if head.bidirectional else end)
-        visible = visible_keys(
-            torch.tensor([prefix + begin]),
-            end - begin,
-            max(keys, MIN_KEYS),
-            bidirectional=head.bidirectional,
-            window=head.window,
-        )
+        # A bidirectional layer sees the rows after the block too.
+        first, rows = (0, segment.width) if head.bidirectional else (begin, end - begin)
         mask = None
-        if not head.bidirectional:
+        if not head.bidirectional or head.window is not None:
+            visible = visible_keys(
+                torch.tensor([prefix + first]),
+                rows,
+                max(keys, MIN_KEYS),
+                bidirectional=head.bidirectional,
+                window=head.window,
+            )[:, begin - first : end - first]
             start = 0 if head.window is not None else prefix + begin
             values = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))[:, :, start:]
             mask = Mask(start, values.repeat(1, head.groups, 1).unsqueeze(1))

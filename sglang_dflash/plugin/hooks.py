@@ -14,6 +14,7 @@ from typing import Any
 from sglang_dflash import __version__
 from sglang_dflash.drafter import block_size_of
 from sglang_dflash.errors import UserError
+from sglang_dflash.plugin import mode
 from sglang_dflash.settings import get_settings
 from sglang_dflash.step.width import Width
 
@@ -54,10 +55,11 @@ def create_worker(original: Callable, self: Any, server_args: Any) -> Any:
         }
     )
     verify_installed()
-    if get_settings().mode == "chain":
+    decision = mode.decided()
+    if decision.mode == "chain":
         from sglang_dflash.worker.banner import announce_chain
 
-        announce_chain()
+        announce_chain(decision.reason)
         return original(self, server_args)
     _follow_transfers()
     from sglang_dflash.worker.worker import TreeWorker
@@ -79,8 +81,9 @@ def _follow_transfers() -> None:
 
 
 def handle_dflash(original: Callable, server_args: Any) -> Any:
-    """AROUND ``_handle_dflash``: drafter check, refusals and the default budget, in the parent."""
+    """AROUND ``_handle_dflash``: drafter check, who decodes and the default budget, in the parent."""
     if get_settings().mode == "chain":
+        mode.decide(mode.OFF_SWITCH)
         return original(server_args)
     verify_installed()
     from sglang_dflash.plugin.start import check_start
@@ -101,6 +104,7 @@ def resolve_alias(
     SGLang would open the drafter for that, whatever its revision, and end in a traceback where it is not
     there; ``handle_dflash`` opens the right one and says what is wrong in one line.
     """
+    mode.forget()
     if str(speculative_algorithm).upper() == "DFLASH":
         return "DFLASH"
     return original(speculative_algorithm, speculative_draft_model_path, *args, **kwargs)
@@ -111,7 +115,7 @@ def _tree_spec() -> Any | None:
     from sglang.srt.runtime_context import get_spec
 
     spec = get_spec()
-    if spec.speculative_algorithm != "DFLASH" or get_settings().mode == "chain":
+    if spec.speculative_algorithm != "DFLASH" or mode.decided().mode == "chain":
         return None
     return spec
 
@@ -190,7 +194,7 @@ def server_info(result: None, self: Any, state: dict[str, Any]) -> None:
         "plugin": __version__,
         "mode": "tree" if describe else "chain",
         "worker": f"{type(worker).__module__}.{type(worker).__qualname__}",
-        **(describe() if describe else {}),
+        **(describe() if describe else mode.why()),
     }
 
 
@@ -207,7 +211,7 @@ def publish(result: Any, server_args: Any, *args: Any, role: str, **kwargs: Any)
     Their targets cost seconds to import in a process that would not need them. SGLang's own chain keeps
     SGLang's own sampler.
     """
-    if get_settings().mode == "chain":
+    if mode.decided().mode == "chain":
         return
     from sglang_dflash.upstream import contract
 

@@ -73,6 +73,22 @@ SERVER_INFO = (
     "sglang.srt.managers.scheduler_components.internal_state."
     "SchedulerInternalStateController._add_speculative"
 )
+# What the parent asks SGLang of models and drafters (plugin/obstacles.py, plugin/reading.py); checked in CI.
+READING: dict[str, tuple[str, ...]] = {
+    "sglang.srt.arg_groups.model_override_base.model_config_of": ("server_args",),
+    "sglang.srt.configs.hybrid_arch.mambaish_config": ("model_config",),
+    "sglang.srt.configs.model_config.is_minimax_sparse": ("config",),
+    "sglang.srt.speculative.dflash_utils.parse_dflash_draft_config": ("draft_hf_config",),
+    "sglang.srt.speculative.dflash_utils.get_dflash_layer_types": ("config",),
+    "sglang.srt.speculative.dflash_utils.get_dflash_attention_sliding_window_size": ("config",),
+    "sglang.srt.speculative.dflash_utils.build_target_layer_ids": ("num_target_layers", "num_draft_layers"),
+    "sglang.srt.utils.hf_transformers_utils.get_config": (
+        *("model", "trust_remote_code", "model_override_args"),
+    ),
+    "sglang.srt.utils.hf_transformers_utils.get_context_length": ("config",),
+    "sglang.srt.utils.hf_transformers_utils.get_hf_text_config": ("config",),
+}
+
 WORKER: dict[str, tuple[str, ...]] = {
     # The round's check of memory, where its width is chosen (worker/width).
     "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem": ("self", "selected_indices"),

@@ -54,6 +54,11 @@ def check_replaces(running: DrafterConfig, new: DrafterConfig) -> None:
             "the new drafter has another block size or reads other target layers; "
             "restart the server with the new drafter"
         )
+    if running.anchor_first != new.anchor_first:
+        raise UserError(
+            "the new drafter's rows predict another position than the running one's; "
+            "restart the server with the new drafter"
+        )
 
 
 class _Updater:

@@ -10,11 +10,11 @@ from sglang_dflash.settings import get_settings
 logger = logging.getLogger("sglang_dflash")
 
 
-def announce_chain() -> None:
-    """The off-switch is on: SGLang's own worker serves."""
+def announce_chain(reason: str) -> None:
+    """SGLang's own worker serves, by the off-switch or because trees cannot."""
     import torch
 
-    logger.info("sglang-dflash %s: SGLANG_DFLASH_MODE=chain, SGLang's built-in chain serves", __version__)
+    logger.info("sglang-dflash %s: SGLang's built-in chain serves (%s)", __version__, reason)
     if not torch.cuda.is_available():
         logger.warning(
             "the built-in DFLASH chain on CPU turns temperature > 0 into argmax and fails in float32; "

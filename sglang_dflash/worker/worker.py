@@ -65,7 +65,12 @@ class TreeWorker(DFlashWorkerV2):
         self.drafter_config = config = read_config(
             resolve_folder(spec.speculative_draft_model_path, spec.speculative_draft_model_revision)
         )
-        self.draft = DraftStage(self.bridge, mask_token_id=int(self._mask_token_id), top_k=settings.top_k)
+        self.draft = DraftStage(
+            self.bridge,
+            mask_token_id=int(self._mask_token_id),
+            top_k=settings.top_k,
+            anchor_first=config.anchor_first,
+        )
         self.tree = TreeStage(
             depth_bonus=config.dflash_config.tree_depth_bonus if settings.calibrate else None,
             rewrite=load_rewrite(settings.candidates),

@@ -163,6 +163,23 @@ BASE = {"version": "0.5.23", "model_path": "m", "device": "cpu"}
             },
             "chain: w",
         ),
+        (
+            {
+                "speculative_algorithm": "DFLASH",
+                "internal_states": [
+                    {
+                        "dflash": {
+                            "plugin": "1",
+                            "mode": "chain",
+                            "worker": "w",
+                            "reason": "LoRA adapters",
+                            "way_out": "leave out --enable-lora",
+                        }
+                    }
+                ],
+            },
+            "chain: w, because trees do not serve LoRA adapters",
+        ),
     ],
 )
 def test_a_running_server_without_trees_is_found(

@@ -53,7 +53,7 @@ def test_the_modes_choose_flags_and_environment(drafter: Path) -> None:
     assert env == {"SGLANG_DFLASH_MODE": "chain"}
     assert words.count("--speculative-draft-model-path") == 1
     words, env, _ = serve.build_command(["--mode", "tree", *mine])
-    assert env == {"SGLANG_DFLASH_MODE": None}
+    assert env == {"SGLANG_DFLASH_MODE": "tree"}
 
 
 def test_the_users_words_stand_last_and_so_win(drafter: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_fitting_drafter_passes(folder: Path) -> None:
     [
         ({"hidden_size": 128}, "hidden size 64, the-target has 128"),
         ({"vocab_size": 999}, "vocabulary of 512, the-target has 999"),
-        ({"num_hidden_layers": 9}, "target of 4 layers, the-target has 9"),
+        ({"num_hidden_layers": 3}, r"target layer 2, but SGLang captures layers 0 to 1 of the-target"),
     ],
 )
 def test_another_target(folder: Path, changes: dict[str, int], words: str) -> None:

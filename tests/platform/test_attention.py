@@ -157,6 +157,16 @@ def test_sliding_window(width: int) -> None:
     case.check(case.segment(), [seen], case.head(window=20))
 
 
+@pytest.mark.parametrize(("prefixes", "width"), [([90], 8), ([0, 7, 300], 8), ([5], 210)])
+def test_a_bidirectional_window_hides_both_sides(prefixes: list[int], width: int) -> None:
+    """210 rows of 3 heads per KV head are more than one block of rows."""
+    case = Case(prefixes, width)
+    seen = [
+        (torch.arange(p, p + width)[:, None] - torch.arange(p + width)[None, :]).abs() <= 5 for p in prefixes
+    ]
+    case.check(case.segment(), seen, case.head(bidirectional=True, window=5))
+
+
 def test_sliding_window_in_a_tree_counts_positions_not_columns() -> None:
     case = Case([30], 9)
     tree = random_tree(9, case.generator)

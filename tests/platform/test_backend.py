@@ -162,6 +162,25 @@ def test_drafters_block_beside_the_chain_in_one_pass(rig: Rig) -> None:
     rig.check(batch, [torch.ones(8, 17, dtype=torch.bool), torch.ones(8, 138, dtype=torch.bool)], layer)
 
 
+@pytest.mark.parametrize("window", [3, 40])
+def test_a_windowed_drafters_block(rig: Rig, window: int) -> None:
+    """As a sliding layer of a bidirectional drafter asks for it (``models/dflash.py``)."""
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    layer = RadixAttention(
+        Q_HEADS,
+        DIM,
+        DIM**-0.5,
+        KV_HEADS,
+        layer_id=1,
+        sliding_window_size=window,
+        attn_type=AttentionType.ENCODER_ONLY,
+    )
+    batch = rig.batch("TARGET_VERIFY", [1, 4], [9, 130], [8, 8])
+    gaps = [torch.arange(p, p + 8)[:, None] - torch.arange(p + 8)[None, :] for p in (9, 130)]
+    rig.check(batch, [gap.abs() <= window for gap in gaps], layer)
+
+
 def test_a_mask_it_cannot_read_is_refused(rig: Rig) -> None:
     info = SimpleNamespace(custom_mask=torch.ones(4, dtype=torch.bool))
     with pytest.raises(NotImplementedError, match="tree_mask"):

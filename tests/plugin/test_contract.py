@@ -19,6 +19,10 @@ def test_worker_contract_holds() -> None:
     assert contract.broken(contract.WORKER) == []
 
 
+def test_reading_contract_holds() -> None:
+    assert contract.broken(contract.READING) == []
+
+
 def test_sampler_contract_holds() -> None:
     assert contract.broken(contract.SAMPLER | contract.FRONT_END) == []
 

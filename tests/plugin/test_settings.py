@@ -19,7 +19,7 @@ def fresh() -> Iterator[None]:
 
 
 def test_defaults() -> None:
-    assert get_settings().mode == "tree"
+    assert get_settings().mode == "auto"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: s
 def test_names_of_others_with_our_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_DFLASH_EAGER_DRAFT_SAMPLER", "1")
     monkeypatch.setenv("SGLANG_DFLASH_CACHE", "/tmp/somewhere")
-    assert get_settings().mode == "tree"
+    assert get_settings().mode == "auto"
 
 
 def test_limits_are_the_kernels() -> None:

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from sglang.srt.configs.model_config import AttentionArch
+from transformers import LlamaConfig
 
 from sglang_dflash.drafter import DrafterConfig
-from sglang_dflash.plugin import budget, start
+from sglang_dflash.plugin import budget
+from sglang_dflash.plugin.obstacles import OBSTACLES, Facts
 from tests import tiny
 
 SPEC = tiny.TargetSpec()
@@ -88,12 +92,12 @@ def test_the_pinned_drafter_is_opened_and_no_other(
     assert words in done.stderr.strip().splitlines()[-1]
 
 
-def arguments(**changes: object) -> SimpleNamespace:
+def facts(
+    backends: tuple[str, ...] = (), dflash: dict[str, object] | None = None, **changes: object
+) -> Facts:
     plain = dict.fromkeys(
         (
-            "attention_backend",
-            "decode_attention_backend",
-            "prefill_attention_backend",
+            "disable_hybrid_swa_memory",
             "enable_deterministic_inference",
             "enable_unified_memory",
             "enable_dp_attention",
@@ -104,28 +108,38 @@ def arguments(**changes: object) -> SimpleNamespace:
             "enable_hisparse",
         )
     )
-    return SimpleNamespace(**(plain | {"device": "cpu"} | changes))
-
-
-def refused(cfg: SimpleNamespace, target: SimpleNamespace, **dflash: object) -> list[str]:
-    drafter = DrafterConfig.model_validate(
-        {"hidden_size": 64, "num_hidden_layers": 2, "dflash_config": dflash}
+    text = SimpleNamespace(attn_temperature_len=changes.pop("attn_temperature_len", None))
+    model = SimpleNamespace(
+        hf_config=LlamaConfig(architectures=["LlamaForCausalLM"]),
+        linear_attn_registry_result=None,
+        hf_text_config=text,
+        attention_arch=AttentionArch.MHA,
+        is_hybrid_swa=False,
+        quantization=None,
     )
-    return [refusal.what for refusal in start.REFUSALS if refusal.applies(cfg, target, drafter)]
+    drafter = DrafterConfig.model_validate(
+        {"hidden_size": 64, "num_hidden_layers": 2, "dflash_config": dflash or {}}
+    )
+    cfg = SimpleNamespace(**(plain | {"device": "cpu", "kv_cache_dtype": "auto"} | changes))
+    return Facts(cfg, model, drafter, frozenset(backends))
 
 
-DENSE = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
+def obstacles(of: Facts) -> list[str]:
+    return [obstacle.what for obstacle in OBSTACLES if obstacle.applies(of)]
 
 
 def test_a_plain_server_is_served() -> None:
-    assert refused(arguments(), DENSE) == []
+    assert obstacles(facts()) == []
+    assert obstacles(facts(("triton",), device="cuda", kv_cache_dtype="fp8_e4m3")) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"attention_backend": "flashinfer"}, "without our tree kernel"),
-        ({"attention_backend": "fa3", "device": "cuda"}, "without our tree kernel"),
+        ({"backends": ("flashinfer",)}, "without our tree kernel"),
+        ({"backends": ("fa3",), "device": "cuda"}, "without our tree kernel"),
+        ({"backends": ("dflash_cpu",), "device": "cuda"}, "without our tree kernel"),
+        ({"device": "xpu"}, "kind of device"),
         ({"enable_deterministic_inference": True}, "deterministic"),
         ({"enable_unified_memory": True}, "unified memory"),
         ({"enable_dp_attention": True}, "data-parallel"),
@@ -133,18 +147,17 @@ def test_a_plain_server_is_served() -> None:
         ({"speculative_draft_window_size": 512}, "window"),
         ({"lora_paths": ["x"]}, "LoRA"),
         ({"enable_hisparse": True}, "sparse"),
+        ({"kv_cache_dtype": "nvfp4"}, "scales beside it"),
+        ({"kv_cache_dtype": "mxfp8"}, "scales beside it"),
+        ({"attn_temperature_len": 1024}, "Grok"),
+        ({"dflash": {"projector_type": "domino"}}, "Domino"),
+        ({"dflash": {"selector_rank": 256}}, "selector"),
+        ({"dflash": {"lilicorr": {}, "projector_type": "lilicorr"}}, "LiLiCorr"),
     ],
 )
-def test_what_trees_do_not_serve_is_refused(changes: dict[str, object], words: str) -> None:
-    (what,) = refused(arguments(**changes), DENSE)
+def test_what_trees_do_not_serve_is_an_obstacle(changes: dict[str, Any], words: str) -> None:
+    (what,) = obstacles(facts(**changes))
     assert words in what
-
-
-def test_hybrids_and_other_drafter_families_are_refused() -> None:
-    hybrid = SimpleNamespace(layer_types=["linear_attention", "full_attention"])
-    assert "Mamba" in refused(arguments(), hybrid)[0]
-    assert "Domino" in refused(arguments(), DENSE, projector_type="domino")[0]
-    assert "selector" in refused(arguments(), DENSE, selector_rank=256)[0]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])

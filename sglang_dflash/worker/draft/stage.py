@@ -35,12 +35,16 @@ class DraftStage:
         bridge: the way to SGLang's drafter and the target's head.
         mask_token_id: the id whose embedding stands for "to be drafted".
         top_k: K, candidates kept per position.
+        anchor_first: row i of the block predicts position i + 1 (`DrafterConfig.anchor_first`), so the
+            drafts are rows 0 .. L-1. The last row's, one deeper than a tree can be, is not used; the block
+            is as wide as in training, for its rows see each other.
     """
 
-    def __init__(self, bridge: Bridge, *, mask_token_id: int, top_k: int) -> None:
+    def __init__(self, bridge: Bridge, *, mask_token_id: int, top_k: int, anchor_first: bool = False) -> None:
         self.bridge = bridge
         self.mask_token_id = mask_token_id
         self.top_k = top_k
+        self.rows = slice(0, -1) if anchor_first else slice(1, None)
         self._ids: dict[int, torch.Tensor] = {}  # by block, [rows, B], the mask everywhere but in slot 0
 
     def _block(self, bs: int, block: int, device: torch.device) -> torch.Tensor:
@@ -64,7 +68,7 @@ class DraftStage:
         ids[:, 0].copy_(step.anchor)
         positions = step.prefix_lens[:, None] + torch.arange(block, device=device)
         hidden = self.bridge.run_drafter(batch, step, ids, positions)
-        logprobs, token_ids = self._candidates(step, hidden[:, 1:].reshape(bs * step.width.depth, -1))
+        logprobs, token_ids = self._candidates(step, hidden[:, self.rows].reshape(bs * step.width.depth, -1))
         shape = (bs, step.width.depth, self.top_k)
         return Candidates(logprobs.view(shape), token_ids.view(shape))
 
