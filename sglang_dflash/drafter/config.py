@@ -140,9 +140,9 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
             # A commit's hash is never looked up in the cache by itself, only asked of the hub.
             with contextlib.suppress(Exception):
                 return Path(fetch(local_files_only=True))
-            pinned = f" of revision {revision}" if revision else ""
+            at = "" if revision in (None, "main") else f" at revision {revision!r}"
             raise UserError(
-                f"the drafter {path!r}{pinned} is neither a folder nor reachable on the model hub "
+                f"the drafter {path!r} is neither a folder nor reachable on the model hub{at} "
                 f"({type(error).__name__}); give a folder to --speculative-draft-model-path"
             ) from error
     raise UserError(f"no drafter at {path!r}; give an existing folder to --speculative-draft-model-path")
