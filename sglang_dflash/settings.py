@@ -48,6 +48,11 @@ class Settings(BaseSettings):
         "NODESxBLOCK such as 8x6: always that one; for tests random:SEED, another one every step, and "
         "control:FILE, what the file says",
     )
+    recall: bool = Field(
+        False,
+        description="also draft what followed the longest match of the text's end earlier in the request "
+        "(exact as everything; off until its worth is measured)",
+    )
     calibrate: bool = Field(
         True, description="add the drafter's fitted per-depth log-bonus (dflash_config.tree_depth_bonus)"
     )

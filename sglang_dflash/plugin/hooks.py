@@ -123,9 +123,9 @@ def _tree_spec() -> Any | None:
 def greatest_reserve(spec: Any) -> int:
     """KV slots a request may hold past its committed length, in tokens, whatever the widths.
 
-    A step writes max(N, B) slots from the device's length on; the host's committed length lags by the
-    min(N, B) tokens that the step in flight can commit. SGLang reserves 2N, which for N < B leaves
-    the draft block writing slots of nobody or of another request.
+    A step writes max(N, B) slots from the device's length on; the host's committed length lags by what
+    the step in flight can commit, N tokens where a recalled path uses the whole tree. SGLang reserves 2N,
+    which for N < B leaves the draft block writing slots of nobody or of another request.
     """
     widest = Width(int(spec.speculative_num_draft_tokens), block_size_of(spec))
     return widest.most + widest.slots

@@ -37,8 +37,14 @@ class Width:
 
     @property
     def most(self) -> int:
-        """The most tokens a step can commit per request, bonus included."""
-        return min(self.nodes, self.block)
+        """The most tokens a step can commit per request, bonus included: a recalled path may be as long as
+        the tree."""
+        return self.nodes
+
+    @property
+    def drafted(self) -> int:
+        """The deepest that the drafter's candidates reach in the tree."""
+        return min(self.nodes, self.block) - 1
 
     @property
     def plain(self) -> bool:
@@ -66,6 +72,7 @@ class Step:
         host_exact: host_lens are the prefixes' own; else the reserved lengths, the step's rows included.
         sampling: the requests' sampling parameters, None where the batch carries none.
         noise: the sampling noise by request and depth, None where every request is greedy.
+        deepest: D, the longest path below a root: L, or N - 1 where text is recalled.
     """
 
     width: Width
@@ -77,6 +84,11 @@ class Step:
     host_exact: bool = True
     sampling: SamplingParams | None = None
     noise: StepNoise | None = None
+    deepest: int = -1
+
+    def __post_init__(self) -> None:
+        if self.deepest < 0:
+            self.deepest = self.width.depth
 
     @property
     def batch_size(self) -> int:

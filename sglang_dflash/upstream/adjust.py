@@ -26,6 +26,7 @@ class Adjustments:
 
     def __init__(self, target: Any) -> None:
         self.target = target
+        self.whole_texts = False  # the history holds prompts too, from which text is recalled
         self._history: TokenHistory | None = None
 
     def warm_penalties(self) -> None:
@@ -85,7 +86,7 @@ class Adjustments:
             min(int(bound.max()), self.history().tokens.shape[1]),
             logits.shape[-1],
         )
-        apply_penalties(logits, tree, committed, step.prefix_lens, penalties, depth=step.width.depth)
+        apply_penalties(logits, tree, committed, step.prefix_lens, penalties, depth=step.deepest)
 
     def history(self) -> TokenHistory:
         if self._history is None:
@@ -121,11 +122,13 @@ class Adjustments:
         """Write down what the batch's requests have said; whether any has said something."""
         history, rows, any_text = self.history(), batch.req_pool_indices, False
         for row, req in enumerate(batch.reqs):
-            if len(req.output_ids):
-                said = torch.tensor([list(req.output_ids)], device=rows.device)
-                start = torch.tensor([len(req.origin_input_ids)], device=rows.device)
-                history.write(rows[row : row + 1], start, said)
-                any_text = True
+            any_text |= len(req.output_ids) > 0
+            text, start = list(req.output_ids), len(req.origin_input_ids)
+            if self.whole_texts:
+                text, start = [*req.origin_input_ids, *text], 0
+            if text:
+                said = torch.tensor([text]).to(rows.device, non_blocking=True)
+                history.write(rows[row : row + 1], torch.full_like(rows[:1], start), said)
         return any_text
 
     def remember_prefill(self, batch: Any, result: Any) -> None:

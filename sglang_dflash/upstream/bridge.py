@@ -205,8 +205,10 @@ class Bridge:
 
     # -- one step ---------------------------------------------------------------
 
-    def open_step(self, batch: Any, width: Width) -> Step:
+    def open_step(self, batch: Any, width: Width, deepest: int) -> Step:
         """Gather the step's slots from ``req_to_token`` and plan its KV writes.
+
+        ``deepest`` is the longest path that the step's tree may have.
 
         The scheduler has reserved the slots (``hooks.round_reserve``).
         """
@@ -236,7 +238,8 @@ class Bridge:
             host_lens=host_lens,
             host_exact=batch.seq_lens_cpu is not None,
             sampling=sampling,
-            noise=StepNoise.of(sampling, prefix_lens, width.block),
+            noise=StepNoise.of(sampling, prefix_lens, deepest + 1),
+            deepest=deepest,
         )
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -378,8 +381,8 @@ class Bridge:
         """Write the drafter's K and V for the accepted path's features.
 
         Args:
-            hidden: [bs, B, k * H], rows of the path (rows beyond accept_lens are not written).
-            positions: int64 [bs, B].
+            hidden: [bs, D + 1, k * H], rows of the path (rows beyond accept_lens are not written).
+            positions: int64 [bs, D + 1].
             accept_lens: int32 [bs].
         """
         bs, block = positions.shape

@@ -67,7 +67,7 @@ class Metrics:
                 continue  # ended before this step: nobody sees its tokens
             self.accept_length.observe(committed)
             self.tree_width.observe(result.width.nodes)
-            self.drafted.inc(result.width.most - 1)
+            self.drafted.inc(result.width.drafted)
             if rows == FALLBACK:
                 self.fallbacks.inc()
             elif rows > 0:

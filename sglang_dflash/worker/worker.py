@@ -31,6 +31,7 @@ from sglang_dflash.worker.commit import CommitStage
 from sglang_dflash.worker.draft import DraftStage
 from sglang_dflash.worker.health import DrafterHealth
 from sglang_dflash.worker.metrics import Metrics
+from sglang_dflash.worker.recall import Recalled, RecallStage
 from sglang_dflash.worker.tree import TreeStage
 from sglang_dflash.worker.tree.stage import load_rewrite
 from sglang_dflash.worker.verify import VerifyStage
@@ -77,6 +78,8 @@ class TreeWorker(DFlashWorkerV2):
             device=self.device,
             tiers=tiers_asked(settings.width),
         )
+        self.recall = RecallStage(self.device, self.bridge.vocab_size()) if settings.recall else None
+        self.adjust.whole_texts = settings.recall
         self.verify = VerifyStage(self.bridge)
         self.accept = AcceptStage(self.bridge)
         self.commit = CommitStage(self.bridge)
@@ -184,7 +187,8 @@ class TreeWorker(DFlashWorkerV2):
         if self.health.must_clean(self.steps):
             clean_drafter_cache(self.draft_model_runner)
         laps = Laps(self.device, enabled=self.metrics is not None)
-        step = self.bridge.open_step(batch, self.width.launch(len(batch.seq_lens)))
+        width = self.width.launch(len(batch.seq_lens))
+        step = self.bridge.open_step(batch, width, self._deepest(width))
         self.width.note_length(step.mean_length())
         return self._decode(step, batch, laps, on_publish, grammar_barrier)
 
@@ -195,14 +199,19 @@ class TreeWorker(DFlashWorkerV2):
         """
         laps = Laps(self.device, enabled=True)
         with rehearsal(self, requests, length, self.max_width.slots) as batch:
-            self._decode(self.bridge.open_step(batch, width), batch, laps, None, None)
+            step = self.bridge.open_step(batch, width, self._deepest(width))
+            self._decode(step, batch, laps, None, None)
         return laps.parts()
+
+    def _deepest(self, width: Width) -> int:
+        """A recalled path may use the whole tree, a drafted one ends with the block."""
+        return width.nodes - 1 if self.recall is not None else width.depth
 
     def _decode(
         self, step: Step, batch: Any, laps: Laps, on_publish: Any, grammar_barrier: Any
     ) -> GenerationBatchResult:
         laps.mark()
-        tree, reach = self._draft(step, batch, laps)
+        tree, recalled, reach = self._draft(step, batch, laps)
         grammar = self.adjust.start_grammar(batch, tree)
         laps.mark()
         verified = self.verify(tree, step, batch)
@@ -214,6 +223,8 @@ class TreeWorker(DFlashWorkerV2):
             on_publish(accepted.new_lens)
         self.commit(accepted, verified, step)
         self.adjust.remember(batch, step, accepted)
+        if recalled is not None and self.recall is not None:
+            self.recall.learn(recalled, accepted)
 
         rows, sampled = outcome(tree, accepted), sampled_rows(batch)
         report = StepReport(self.steps, step.width, rows, accepted.accept_lens, sampled, reach, laps, self)
@@ -222,14 +233,21 @@ class TreeWorker(DFlashWorkerV2):
         laps.mark()
         return self._result(verified.raw, accepted, step)
 
-    def _draft(self, step: Step, batch: Any, laps: Laps) -> tuple[DraftTree, torch.Tensor | None]:
-        """The step's tree, and what the drafter expects of it where the width's policy wants to know."""
+    def _draft(
+        self, step: Step, batch: Any, laps: Laps
+    ) -> tuple[DraftTree, Recalled | None, torch.Tensor | None]:
+        """The step's tree, what is recalled in it, and what is expected of it where the policy asks."""
         if step.width.plain:
             laps.mark()
-            return DraftTree.roots(step.anchor), None
+            return DraftTree.roots(step.anchor), None, None
         candidates = self.draft(step, batch)
         laps.mark()
-        return self.tree(candidates, step, batch)
+        candidates = self.tree.rewritten(candidates, step, batch)
+        recalled = None
+        if self.recall is not None:
+            recalled = self.recall(self.adjust.history(), batch.req_pool_indices, step, candidates)
+        tree, reach = self.tree(candidates, step, None if recalled is None else recalled.chain)
+        return tree, recalled, reach
 
     def observe(self, result: StepResult) -> None:
         """A step's outcome, once SGLang has it on the host; called by the scheduler, outside the step."""
@@ -251,7 +269,7 @@ class TreeWorker(DFlashWorkerV2):
                 bonus_tokens=accepted.bonus, new_seq_lens=accepted.new_lens
             ),
             speculative_num_draft_tokens=step.width.nodes,
-            speculative_output_stride=step.width.block,
+            speculative_output_stride=step.deepest + 1,
             routed_experts_output=raw.routed_experts_output,
             indexer_topk_output=raw.indexer_topk_output,
         )

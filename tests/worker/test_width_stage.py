@@ -44,8 +44,8 @@ def test_the_reserve_holds_the_step_in_flight_and_this_one() -> None:
         stage.begin(3, 0.0)
         reserves.append(stage.reserve())
         stage.launch(1)
-    # What the step before can commit, min(N, B), and the slots of this one, max(N, B).
-    assert reserves == [6 + 8, 6 + 6, 2 + 1, 1 + 16]
+    # What the step before can commit, a path through all its nodes, and the slots of this one, max(N, B).
+    assert reserves == [8 + 8, 8 + 6, 2 + 1, 1 + 16]
 
 
 def test_a_round_that_launches_nothing_leaves_the_step_in_flight() -> None:
@@ -54,7 +54,7 @@ def test_a_round_that_launches_nothing_leaves_the_step_in_flight() -> None:
     stage.launch(1)
     stage.begin(1, 0.0)
     stage.begin(1, 0.0)
-    assert stage.reserve() == 6 + 2
+    assert stage.reserve() == 8 + 2
 
 
 def test_short_memory_narrows_to_a_plain_step_once() -> None:
@@ -97,7 +97,7 @@ def test_memory_hooks_read_the_serving_stage(monkeypatch: pytest.MonkeyPatch) ->
     spec = SimpleNamespace(speculative_num_draft_tokens=8, speculative_dflash_block_size=6)
     monkeypatch.setattr(hooks, "_tree_spec", lambda: spec)
     serve(None)
-    assert hooks.decode_reserve_per_request(lambda: 99) == 14  # before there is a worker: the greatest
+    assert hooks.decode_reserve_per_request(lambda: 99) == 16  # before there is a worker: the greatest
     stage = WidthStage(Script(PLAIN, Width(8, 6)), WIDEST)
     serve(stage)
     batch = SimpleNamespace(reqs=[None, None], sampling_info=None)
@@ -110,11 +110,11 @@ def test_memory_hooks_read_the_serving_stage(monkeypatch: pytest.MonkeyPatch) ->
     assert hooks.check_decode_mem(original, batch)
     stage.launch(1)
     assert hooks.check_decode_mem(original, batch)
-    assert fits == [6 + 1, 1 + 8]
+    assert fits == [8 + 1, 1 + 8]
     stage.launch(1)
     stage.policy = Script(Width(8, 6))
     assert hooks.check_decode_mem(original, batch), "narrowed before anyone is retracted"
-    assert fits[2:] == [6 + 8, 6 + 1]
+    assert fits[2:] == [8 + 8, 8 + 1]
     assert stage.now == PLAIN
     assert hooks.check_decode_mem(original, batch, [0]), "SGLang's second question chooses nothing anew"
 

@@ -34,5 +34,5 @@ class AcceptStage:
             chosen = sample_nodes(verified.logits, params, noise, tree.depth)
         self.bridge.agree(chosen, sampled=noise is not None)
         chosen = chosen.view(-1, step.width.nodes)
-        accepted = accept_tree(tree, chosen, step.prefix_lens, max_depth=step.width.depth)
+        accepted = accept_tree(tree, chosen, step.prefix_lens, max_depth=step.deepest)
         return accepted, chosen

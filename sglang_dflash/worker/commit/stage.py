@@ -30,8 +30,8 @@ class CommitStage:
         width = step.width
         self._compactor(step.slots[:, : width.nodes], accepted.path, accepted.accept_lens)
 
-        # Only the path's rows feed the drafter: B rows instead of N.
+        # Only the path's rows feed the drafter: D + 1 rows instead of N.
         path = accepted.path.clamp(min=0).long()
         hidden = verified.hidden.gather(1, path[:, :, None].expand(-1, -1, verified.hidden.shape[-1]))
-        positions = step.prefix_lens[:, None] + torch.arange(width.block, device=path.device)
+        positions = step.prefix_lens[:, None] + torch.arange(path.shape[1], device=path.device)
         self.bridge.append_drafter_kv(step, hidden, positions, accepted.accept_lens)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from dflash_kernels import DraftTree, build_tree
+from dflash_kernels import Chain, DraftTree, build_tree
 
 from sglang_dflash.errors import UserError
 from sglang_dflash.step.width import Step
@@ -64,12 +64,13 @@ class TreeStage:
             None if bonus is None else torch.tensor(list(bonus), dtype=torch.float32, device=device)
         )
 
+    def rewritten(self, candidates: Candidates, step: Step, batch: object) -> Candidates:
+        return candidates if self.rewrite is None else self.rewrite(candidates, step, batch)
+
     def __call__(
-        self, candidates: Candidates, step: Step, batch: object
+        self, candidates: Candidates, step: Step, chain: Chain | None = None
     ) -> tuple[DraftTree, torch.Tensor | None]:
-        """The tree of the step's width, and what the drafter expects of it (None without ``tiers``)."""
-        if self.rewrite is not None:
-            candidates = self.rewrite(candidates, step, batch)
+        """The tree of the step's width, and what is expected of it (None without ``tiers``)."""
         good = usable(candidates)
         candidates = silence(candidates, good)
         tree = build_tree(
@@ -78,6 +79,7 @@ class TreeStage:
             candidates.ids,
             num_nodes=step.width.nodes,
             depth_bonus=None if self.depth_bonus is None else self.depth_bonus[: step.width.depth],
+            chain=chain,
         )
         cut(tree, good)
         tiers = [t for t in self.tiers if t <= step.width.nodes]

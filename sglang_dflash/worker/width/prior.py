@@ -66,9 +66,10 @@ def parse(stored: Mapping[str, float]) -> dict[Width, float]:
         if not (nodes.isdecimal() and block.isdecimal() and int(nodes) >= 2 and int(block) >= 2):
             raise UserError(f"the drafter's tree_accept has {key!r}; keys are nodes x block, such as 8x6")
         width = Width(int(nodes), int(block))
-        if not 1.0 <= tokens <= width.most:
+        most = 1 + width.drafted
+        if not 1.0 <= tokens <= most:
             raise UserError(
-                f"the drafter's tree_accept says {tokens} tokens for {key}, which brings 1 to {width.most}; "
+                f"the drafter's tree_accept says {tokens} tokens for {key}, which brings 1 to {most}; "
                 "evaluate the drafter again"
             )
         out[width] = float(tokens)
