@@ -21,6 +21,9 @@ class DFlashSection(BaseModel):
     projector_type: str | None = None
     selector_rank: int = 0
     tree_depth_bonus: list[float] | None = None
+    # Tokens per pass by width, {"8x6": 2.25}: where a server starts from before it has served (worker/width).
+    tree_accept: dict[str, float] = {}
+    tree_accept_sampled: dict[str, float] = {}
     lilicorr: Any = None
 
 
