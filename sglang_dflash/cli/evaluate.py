@@ -39,6 +39,11 @@ class EvalOptions(Options):
     )
     calibrate: bool = Field(False, description="fit tree_depth_bonus on training answers and judge with it")
     write: bool = Field(False, description="with --calibrate: store it in the drafter's config if it helps")
+    widths: bool = Field(
+        False,
+        description="accept lengths of short blocks and small trees too, and store them in the drafter's "
+        "config: where a server's choice of widths starts from",
+    )
     server: str | None = Field(
         None, description="URL of a running server: the same prompts are sent to it, and both lengths shown"
     )
@@ -114,6 +119,8 @@ def main(argv: list[str]) -> int:
             print(f"stored in {o.drafter / 'config.json'} (tree-32 +{gain:.3f})")
         elif o.write:
             print(f"not stored: tree-32 changes by {gain:+.3f}")
+    if o.widths:
+        result["widths"] = _store_widths(o.drafter, drafter, target, documents)
     if o.server:
         live = served.run(o.server, documents, o.max_new, o.api_key)
         policy = live.policy
@@ -128,6 +135,25 @@ def main(argv: list[str]) -> int:
     if o.json_out:
         o.json_out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _store_widths(folder: Path, drafter, target, documents) -> dict[str, dict[str, float]]:
+    from sglang_dflash.train import calibrate
+    from sglang_dflash.train.judge import draft_table
+
+    found: list[dict[str, float]] = []
+    block = drafter.config.block
+    for sampled in (False, True):
+        mine = [d for d in documents if (d.temperature > 0) == sampled]
+        blocks = sorted({2, min(4, block), block}) if mine else []
+        tables = {b: [draft_table(drafter, target, d, b) for d in mine] for b in blocks}
+        found.append(calibrate.accept_by_width(tables))
+    calibrate.store_accept(folder, *found)
+    for name, lengths in zip(("greedy", "sampled"), found, strict=True):
+        if lengths:
+            print(f"{name}: " + ", ".join(f"{width} {length:.3f}" for width, length in lengths.items()))
+    print(f"stored in {folder / 'config.json'}")
+    return {"greedy": found[0], "sampled": found[1]}
 
 
 def render(found) -> str:

@@ -43,6 +43,7 @@ class DFlashSection(BaseModel):
     conv_group_size: int = 0
     attention_sink_bias: bool = False
     tree_depth_bonus: list[float] | None = None
+    # Tokens per pass by width, {"8x6": 2.25}: where a server starts from before it has served (worker/width).
     tree_accept: dict[str, float] = {}
     tree_accept_sampled: dict[str, float] = {}
     lilicorr: Any = None

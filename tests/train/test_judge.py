@@ -1,10 +1,14 @@
 """Offline accept lengths against a drafter simulated step by step."""
 
+import json
+
 import pytest
 import torch
 
 from sglang_dflash.client.info import ServerInfo
+from sglang_dflash.drafter import read_config
 from sglang_dflash.errors import UserError
+from sglang_dflash.train import calibrate
 from sglang_dflash.train.judge import (
     Table,
     Walk,
@@ -116,3 +120,18 @@ def test_policy_of_a_server():
     assert policy_of(info(internal_states=[{"dflash": chain}])).name == "chain"
     with pytest.raises(UserError, match="without a DFlash drafter"):
         policy_of(info(speculative_algorithm=None))
+
+
+def test_accept_lengths_by_width_reach_the_drafters_config(tmp_path):
+    long, short = table(seed=3), table(seed=3)
+    short.labels, short.ids, short.logprobs = short.labels[:, :1], short.ids[:, :1], short.logprobs[:, :1]
+    found = calibrate.accept_by_width({2: [short], 6: [long]}, nodes=(2, 16))
+    assert set(found) == {"2x2", "16x2", "2x6", "16x6"}
+    assert 1 < found["2x2"] < found["16x2"] < found["16x6"] < 6
+    assert found["16x2"] <= 2
+    section = {"mask_token_id": 3, "target_layer_ids": [0]}
+    config = {"hidden_size": 8, "num_hidden_layers": 1, "dflash_config": section}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    calibrate.store_accept(tmp_path, found, {})
+    read = read_config(tmp_path).dflash_config
+    assert (read.tree_accept, read.tree_accept_sampled, read.mask_token_id) == (found, {}, 3)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,9 @@ from sglang_dflash.worker.width.surface import Surface
 from sglang_dflash.worker.width.tiers import TIERS
 
 logger = logging.getLogger(__name__)
+
+# Share of the time to measure that may go to cells for the first time.
+FIRST_ROUND = 0.6
 
 What = Literal["target", "draft", "rest"]
 
@@ -76,13 +80,13 @@ def plan(widest: Width, most_requests: int, longest: int, length: int = 256) -> 
             ask("target", n, requests)
         for b in blocks:
             ask("draft", b, requests)
-        ask("rest", 1, requests)
-        ask("rest", min(4, widest.nodes), requests)
         if i == 1:
             for n in (1, min(4, widest.nodes)):
                 ask("target", n, requests, far)
             ask("draft", widest.block, requests, far)
-    ask("rest", widest.nodes, loads[0])
+    for requests in loads[:3]:  # each takes a whole step
+        ask("rest", 1, requests)
+        ask("rest", min(4, widest.nodes), requests)
     for requests in sorted({min(r, most_requests) for r in (1, 2, 4, 8, 16, 32)}):
         for n in [n for n in tiers if n * requests <= 4 * widest.nodes]:
             ask("target", n, requests)
@@ -145,10 +149,10 @@ class CostTable:
         """
         return self.look(width, requests, length)[0]
 
-    def look(self, width: Width, requests: int, length: float) -> tuple[float, float]:
-        """:meth:`ms`, and the standard deviation of its logarithm beside the other widths'."""
-        factor, doubt = self._said.look(width, requests, length)
-        return self.measured(width, requests, length) * factor, doubt
+    def look(self, width: Width, requests: int, length: float) -> tuple[float, float, float]:
+        """:meth:`ms`, and the variances of its logarithm: beside its kind, and of plain beside tree steps."""
+        factor, own, kind = self._said.look(width, requests, length)
+        return self.measured(width, requests, length) * factor, own, kind
 
     def measured(self, width: Width, requests: int, length: float) -> float:
         """What the measured passes alone say, in ms."""
@@ -274,37 +278,52 @@ def _length_slope(cells: list[Cell], by_rows: bool) -> tuple[float, float]:
 
 def measure(
     table: CostTable,
-    cells: Iterable[Cell],
+    cells: Sequence[Cell],
     run: Callable[[Cell], float],
     seconds: float,
     *,
-    repeats: int = 2,
+    repeats: int = 12,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
-    """Measure as many of the planned ``cells`` as ``seconds`` allow; the number measured.
+    """Measure as many of the planned ``cells`` as ``seconds`` allow; the number of cells measured.
 
-    A cell that would take longer than what is left is passed over. The least of the repeats counts: noise
-    only adds.
+    First, in at most 0.6 of the time, every cell runs once to warm it up and once for the clock. Then the
+    cell that had the least time so far runs again, until the time is up: cheap passes, whose differences
+    are small, are measured more often, and a cell's runs are apart in time, as noise comes in spells. A
+    cell's median counts. A cell that would take longer than what is left is passed over.
 
     Args:
         run: runs the cell's pass once and returns its milliseconds.
-        repeats: measured runs, after one that is thrown away.
+        repeats: the most runs of a cell that count.
     """
-    end, done, overhead = clock() + seconds, 0, 1.0
-    for cell in cells:
+    start = clock()
+    seen: dict[Cell, list[float]] = {}
+    spent: dict[Cell, float] = {}  # seconds, set-up included, without the warm-up
+
+    def once(cell: Cell) -> None:
         begin = clock()
-        predicted = table.part(cell.what, cell.rows, cell.requests, cell.length) / 1e3 if done else 0.0
-        if begin >= end or begin + predicted * (repeats + 1) * overhead > end:
-            continue
-        run(cell)
-        best = min(run(cell) for _ in range(repeats))
-        if not best > 0:
-            logger.warning("%s took %g ms by the clock; left out of the cost table", cell, best)
-            continue
-        table.add(cell.model_copy(update={"ms": best}))
-        done += 1
-        overhead = max(1.0, (clock() - begin) * 1e3 / (best * (repeats + 1)))
-    return done
+        ms = run(cell)
+        spent[cell] = spent.get(cell, 0.0) + clock() - begin
+        if not ms > 0:
+            logger.warning("%s took %g ms by the clock; left out of the cost table", cell, ms)
+            return
+        seen.setdefault(cell, []).append(ms)
+        table.add(cell.model_copy(update={"ms": statistics.median(seen[cell])}))
+
+    for cell in cells:
+        expected = 2e-3 * table.part(cell.what, cell.rows, cell.requests, cell.length) if seen else 0.0
+        if clock() - start + expected < FIRST_ROUND * seconds:
+            run(cell)
+            once(cell)
+    again = [cell for cell in spent if cell in seen]
+    while again:
+        cell = min(again, key=lambda c: spent[c])
+        runs = len(seen[cell])
+        if runs >= repeats or clock() - start + spent[cell] / runs > seconds:
+            again.remove(cell)
+        else:
+            once(cell)
+    return len(seen)
 
 
 class CostFile(BaseModel):

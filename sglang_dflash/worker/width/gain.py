@@ -2,9 +2,11 @@
 
 A drafter says with every block how likely the accepted path reaches each depth, in the tree it was asked for
 and in the wider ones (``mass``). Its word is noisy from step to step and wrong on average; what was accepted
-is right on average and far noisier. So the word is averaged over the last steps, and multiplied by how right
-it has been, by block and depth. Blocks that were not drafted lately are taken at their long-run average,
-moved by as much as the block in use is better or worse than its own average (``luck``).
+is right on average and far noisier. So the word is averaged over the last steps (``recent``), and multiplied
+by how right it has been, by block and depth (``truth``). All blocks share one average, each seen through how
+much better or worse it drafts than the others (``quality``): what one block shows of the text holds for all.
+What was not seen lately is taken at its long-run average, moved by as much as the recent text is easier or
+harder than the average (``luck``).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sglang_dflash.step.width import Width
-from sglang_dflash.worker.width.prior import MOST, lucky, parse, prior
+from sglang_dflash.worker.width.prior import MOST, generic, lucky, parse, prior
 from sglang_dflash.worker.width.tiers import TIERS
 
 GREEDY, SAMPLED = 0, 1
@@ -30,12 +32,18 @@ TRUTH = 2000.0
 
 # How many such steps the starting values are worth.
 PRIOR_WORTH = 30.0
-TRUTH_WORTH = 60.0
+TRUTH_WORTH = 30.0
+OWN_TRUTH_WORTH = 200.0
 LUCK_WORTH = 20.0
 
-# A single step's average over a batch is not as good as as many steps: one text's steps are alike, and a
-# whole batch may be in the same phase.
+# A batch is not as good as as many steps of one request: its texts may be in the same phase.
 MOST_PER_STEP = 16.0
+
+# Variances, relative: of one request's step about the average; of a block's quality at first, and its growth.
+SPREAD = 0.3
+QUALITY_FIRST, QUALITY_STEP = 0.10**2, 1e-6
+LUCK_DOUBT = 0.25**2
+TEXT_WANDERS = 0.1**2  # of the recent average about what the text is now
 
 
 class Gains:
@@ -57,20 +65,28 @@ class Gains:
     ) -> None:
         self.blocks = tuple(range(2, block + 1))
         self.version = 0
+        self._deepest = max(block - 1, 1)
         greedy = parse(accept or {})
         starts = (greedy, parse(accept_sampled or {}) or greedy)
-        shape = (2, len(self.blocks), len(TIERS), max(block - 1, 1))
-        self._valid = np.zeros(shape, dtype=bool)
-        self._long = np.zeros(shape)  # reach by (class, block, tier, depth), over a long time
+        shape = (2, len(TIERS), self._deepest)
+        # Reach by (class, tier, depth), as the greatest block would have it: over a long time, and lately.
+        self._long = np.zeros(shape)
+        # What a shorter block's reach is of the greatest's: its tree's nodes all lie at its depths.
+        self._short = np.zeros((len(self.blocks), *shape[1:]))
+        for i, b in enumerate(self.blocks):
+            of = np.maximum(generic(TIERS, self._deepest)[:, : b - 1], 1e-12)
+            self._short[i, :, : b - 1] = generic(TIERS, b - 1) / of
+            self._short[i, 0] = 0.0
         for c, start in enumerate(starts):
-            for i, b in enumerate(self.blocks):
-                self._long[c, i, :, : b - 1] = prior(TIERS, b, start)
-                self._valid[c, i, 1:, : b - 1] = True
-        self._long_weight = np.full(shape[:3], PRIOR_WORTH)
-        self._sum = np.zeros(shape)  # recent mass, and steps it is of
-        self._weight = np.zeros(shape[:3])
-        self._said = np.zeros((2, shape[1], shape[3]))  # reach foretold and seen, at the widths in force
-        self._seen = np.zeros((2, shape[1], shape[3]))
+            self._long[c] = prior(TIERS, max(block, 2), start)
+        self._long_weight = np.full(shape, PRIOR_WORTH)
+        self._recent = np.zeros(shape)
+        self._weight = np.zeros(shape)  # steps in the recent average
+        self._by_block = np.zeros((2, len(self.blocks)))  # of those, by block
+        self._quality = np.ones((2, len(self.blocks), self._deepest))
+        self._unsure = np.full((2, len(self.blocks), self._deepest), QUALITY_FIRST)
+        self._said = np.zeros((2, len(self.blocks), self._deepest))  # reach foretold and seen
+        self._seen = np.zeros((2, len(self.blocks), self._deepest))
         self._power = np.ones(2)  # luck: reach is the long-run one to this power
         self._tokens: dict[int, np.ndarray] = {}
 
@@ -90,8 +106,8 @@ class Gains:
         if width.plain or mass is None or width.block not in self.blocks:
             # The texts move on unseen: what was recent slowly counts for less.
             fade = math.exp(-min(len(accepted), MOST_PER_STEP) / UNSEEN)
-            self._sum *= fade
             self._weight *= fade
+            self._by_block *= fade
             return
         said = np.asarray(mass, dtype=float)
         if said.ndim != 3 or said.shape[0] != 2:
@@ -116,35 +132,58 @@ class Gains:
         if not len(have):
             return
         worth = min(float(len(accepted)) or 1.0, MOST_PER_STEP)
-        # Recent averages of this class fade whatever the block: they are of texts that have gone by.
+        own = have[min(int(np.searchsorted(np.take(TIERS, have), width.nodes)), len(have) - 1)]
+        self._learn_quality(c, i, own, reach[own], worth)
+        scale = self._short[i, have, :depth] * self._quality[c, i, :depth]
+        whole = np.where(scale > 0, reach[have] / np.maximum(scale, 1e-12), 0.0)  # as the greatest block's
+        at = np.ix_(np.array([c]), have, np.arange(depth))
+        mine = (scale > 0)[None] * worth
         fade = math.exp(-worth / RECENT)
-        self._sum[c] *= fade
         self._weight[c] *= fade
-        self._sum[c, i, have, :depth] += worth * reach[have]
-        self._weight[c, i, have] += worth
-        self._learn_luck(c, i, have)
-        weight = self._long_weight[c, i, have]
-        step = (worth / (weight + worth))[:, None]
-        self._long[c, i, have, :depth] += step * (reach[have] - self._long[c, i, have, :depth])
-        self._long_weight[c, i, have] = np.minimum(weight + worth, LONG)
+        self._by_block[c] *= fade
+        self._by_block[c, i] += worth
+        after = self._weight[at] + mine
+        self._recent[at] += np.where(mine > 0, mine / np.maximum(after, 1e-12), 0.0) * (
+            whole - self._recent[at]
+        )
+        self._weight[at] = after
+        self._learn_luck(c, own)
+        weight = self._long_weight[at]
+        self._long[at] += mine / (weight + worth) * (whole - self._long[at])
+        self._long_weight[at] = np.minimum(weight + mine, LONG)
         if accepted:
             keep = math.exp(-len(accepted) / TRUTH)
             self._said[c, i] *= keep
             self._seen[c, i] *= keep
             got = np.asarray(accepted)
+            tiers = [TIERS[t] for t in have]
             for d in range(depth):
-                said = float(np.interp(width.nodes, [TIERS[t] for t in have], reach[have, d]))
+                said = float(np.interp(width.nodes, tiers, reach[have, d]))
                 self._said[c, i, d] += len(accepted) * said
                 self._seen[c, i, d] += float((got > d + 1).sum())
 
-    def _learn_luck(self, c: int, i: int, have: np.ndarray) -> None:
-        weight = self._weight[c, i, have].sum()
-        recent = self._sum[c, i, have, 0].sum() / weight
-        long = float((self._long[c, i, have, 0] * self._weight[c, i, have]).sum() / weight)
+    def _learn_quality(self, c: int, i: int, tier: int, reach: np.ndarray, worth: float) -> None:
+        """Divide the surprise in one step's reach between the block and the text."""
+        depth = len(reach)
+        foretold = self._average(c)[tier, :depth] * self._short[i, tier, :depth] * self._quality[c, i, :depth]
+        known = foretold > 1e-3
+        surprise = np.where(known, reach / np.maximum(foretold, 1e-3) - 1.0, 0.0)
+        noise = SPREAD * np.arange(1, depth + 1)
+        unsure = np.minimum(self._unsure[c, i, :depth] + QUALITY_STEP * worth, QUALITY_FIRST)
+        text = np.minimum(TEXT_WANDERS + noise / (1.0 + self._weight[c, tier, :depth]), LUCK_DOUBT)
+        # An average made of this block's own steps tells nothing of it beside the others.
+        total = float(self._by_block[c].sum())
+        others = (total - float(self._by_block[c, i])) / (total + PRIOR_WORTH)
+        share = np.where(known, others * unsure / (unsure + text + noise / worth), 0.0)
+        moved = self._quality[c, i, :depth] * (1.0 + share * np.minimum(surprise, 5.0))
+        self._quality[c, i, :depth] = np.clip(moved, 0.3, 2.0)
+        self._unsure[c, i, :depth] = unsure * (1.0 - share)
+
+    def _learn_luck(self, c: int, tier: int) -> None:
+        recent, long = self._recent[c, tier, 0], self._long[c, tier, 0]
         now = math.log(min(max(recent, 1e-3), MOST)) / math.log(min(max(long, 1e-3), 0.999))
-        steps = float(self._weight[c, i, have[0]])
-        share = steps / (steps + LUCK_WORTH)
-        # Another block's luck was measured on texts gone by; this one's takes over as it is seen.
+        weight = float(self._weight[c, tier, 0])
+        share = weight / (weight + LUCK_WORTH)
         self._power[c] += share * (min(max(now, 0.3), 3.0) - self._power[c])
 
     # What a step brings --------------------------------------------------------------------------------
@@ -171,45 +210,53 @@ class Gains:
             out.append(float(row[t] + share * (row[t - 1] - row[t])))
         return out
 
-    def doubt(self, block: int, sampled_share: float) -> float:
-        """Standard deviation of the log of :meth:`tokens` for this block, roughly."""
-        i = self.blocks.index(block)
+    def doubt(self, block: int, sampled_share: float) -> tuple[float, float]:
+        """Variances of the log of :meth:`tokens`: of this block beside others, of all beside plain steps."""
         c = SAMPLED if sampled_share > 0.5 else GREEDY
-        return 0.25 / math.sqrt(1.0 + float(self._weight[c, i, 1]) / 4)
+        own = float(self._unsure[c, self.blocks.index(block), 0])
+        return own, LUCK_DOUBT / (1.0 + float(self._weight[c, :, 0].max()) / 4)
 
     def _table(self, c: int) -> np.ndarray:
+        """[blocks, tiers]"""
         found = self._tokens.get(c)
         if found is None:
             found = self._tokens[c] = 1.0 + self._reach(c).sum(2)
         return found
 
+    def _average(self, c: int) -> np.ndarray:
+        """[tiers, depth], the greatest block's: what was seen lately, else the usual moved by luck."""
+        usual = lucky(self._long[c], float(self._power[c]))
+        weight = self._weight[c]
+        return (self._recent[c] * weight + PRIOR_WORTH * usual) / (weight + PRIOR_WORTH)
+
     def _reach(self, c: int) -> np.ndarray:
         """[blocks, tiers, depth], put right by what happened."""
-        usual = np.where(self._valid[c], lucky(self._long[c], float(self._power[c])), 0.0)
-        weight = self._weight[c][:, :, None]
-        reach = (self._sum[c] + PRIOR_WORTH * usual) / (weight + PRIOR_WORTH)
-        truth = self._truth(c)
-        reach = np.minimum(reach * truth[:, None, :], 1.0)
+        right = self._quality[c] * self._truth(c)
+        reach = np.minimum(self._average(c) * self._short * right[:, None, :], 1.0)
         # A deeper node needs the one above it; a wider tree holds the narrower one.
         reach = np.minimum.accumulate(reach, axis=2)
-        return np.maximum.accumulate(np.where(self._valid[c], reach, 0.0), axis=1)
+        return np.maximum.accumulate(reach, axis=1)
 
     def _truth(self, c: int) -> np.ndarray:
         """[blocks, depth]: seen over foretold. A block that was tried little leans on the others."""
         said, seen = self._said[c], self._seen[c]
         together = (seen.sum(0) + TRUTH_WORTH) / (said.sum(0) + TRUTH_WORTH)
-        worth = TRUTH_WORTH * 0.3
-        return np.clip((seen + worth * together) / (said + worth), 0.2, 3.0)
+        return np.clip((seen + OWN_TRUTH_WORTH * together) / (said + OWN_TRUTH_WORTH), 0.2, 3.0)
 
     # The other ranks -----------------------------------------------------------------------------------
 
+    def _parts(self) -> tuple[np.ndarray, ...]:
+        return (
+            self._long, self._long_weight, self._recent, self._weight, self._by_block,
+            self._quality, self._unsure, self._said, self._seen, self._power,
+        )  # fmt: skip
+
     def state(self) -> list[float]:
-        parts = (self._long, self._long_weight, self._sum, self._weight, self._said, self._seen, self._power)
-        return [float(self.version), *(x for part in parts for x in part.ravel().tolist())]
+        return [float(self.version), *(x for part in self._parts() for x in part.ravel().tolist())]
 
     def load(self, state: Sequence[float]) -> None:
         """Raises ValueError where ``state`` is of other blocks."""
-        parts = (self._long, self._long_weight, self._sum, self._weight, self._said, self._seen, self._power)
+        parts = self._parts()
         if len(state) != 1 + sum(part.size for part in parts):
             raise ValueError("not the state of these gains")
         self.version, at = int(state[0]), 1

@@ -23,17 +23,20 @@ from sglang_dflash.worker.width.tiers import tiers_up_to
 # A block may be so much longer than the deepest path its tree has room for.
 SPARE_ROWS = 1
 
-# Rounds between weighings of the same load.
-REFRESH = 16
+# Rounds between weighings of the same load: few after a switch, more the longer it holds.
+REFRESH_FIRST, REFRESH = 6, 32
 
 # A switch must promise this much at once; the longer a width is in force, the less, down to the least.
-MARGIN, MARGIN_LEAST, MARGIN_ROUNDS = 0.03, 0.005, 100.0
+MARGIN, MARGIN_LEAST, MARGIN_ROUNDS = 0.03, 0.015, 100.0
 
 # Share of the time that probes may cost: at first, and when probes have long brought nothing.
 PROBE_SHARE, PROBE_SHARE_LEAST = 0.01, 0.002
+SURPRISE = 0.05  # so much better at one weighing than at the last, and probes may cost as at first again
 PROBE_GAP = 6  # rounds; a probe's outcome is known after two
 PROBE_DOUBTS = 1.5  # a width is probed when so many standard deviations would make it the best
-PROBE_SAVINGS = 1000.0  # steps whose share may be saved up
+PROBE_LEAST = 0.02  # and be better by this
+PROBE_DUTY = 4.0  # without such hope, when so many times its cost has been saved up
+PROBE_SAVINGS = 400.0  # steps whose share may be saved up
 
 
 class Policy(Protocol):
@@ -119,6 +122,8 @@ class _Choice:
     Attributes:
         since: round in which the width came into force.
         weighed: round of the last weighing.
+        rival: the best rate of the other kind, plain or tree, over the choice's.
+        ms: of its step.
         rates: tokens per request and ms of all candidates at that time, in their order.
         losses: ms that a step of each candidate would cost beyond what its tokens are worth.
         hopes: rates, with the doubt in them taken for the better.
@@ -127,6 +132,7 @@ class _Choice:
     at: int
     since: int
     weighed: int
+    rival: float
     ms: float
     rates: list[float]
     losses: list[float]
@@ -174,7 +180,7 @@ class WidthPolicy:
         self._round += 1
         load = _bucket(requests)
         choice = self._choices.get(load)
-        if choice is None or self._round - choice.weighed >= REFRESH:
+        if choice is None or self._round - choice.weighed >= _interval(self._round - choice.since):
             choice = self._choices[load] = self._weigh(choice, requests, length, sampled_share)
         self._load, self._last = load, (requests, length, sampled_share)
         width = self._probing(choice) or self.candidates[choice.at]
@@ -182,16 +188,20 @@ class WidthPolicy:
         return width
 
     def _weigh(self, before: _Choice | None, requests: int, length: float, share: float) -> _Choice:
-        ms, tokens, doubts = [], self.gains.of(self.candidates, share), []
+        ms, tokens = [], self.gains.of(self.candidates, share)
         unknown = {b: self.gains.doubt(b, share) for b in self.gains.blocks}
+        own, kinds = [], []  # variances beside widths of the same kind, and beside the other kind
         for width in self.candidates:
             if width.nodes > 1 and self.max_rows is not None and width.nodes * requests > self.max_rows:
-                ms.append(math.inf)
-                doubts.append(0.0)
-                continue
-            price, doubt = self.cost.look(width, requests, length)
+                price, mine, kind = math.inf, 0.0, 0.0
+            else:
+                price, mine, kind = self.cost.look(width, requests, length)
+            if width.nodes > 1:
+                block, text = unknown[width.block]
+                mine, kind = mine + block, kind + text
             ms.append(price)
-            doubts.append(doubt if width.nodes == 1 else math.hypot(doubt, unknown[width.block]))
+            own.append(mine)
+            kinds.append(kind)
         rates = [t / m for t, m in zip(tokens, ms, strict=True)]
         at = max(range(len(rates)), key=rates.__getitem__)
         since = self._round
@@ -200,16 +210,23 @@ class WidthPolicy:
             margin = MARGIN_LEAST + (MARGIN - MARGIN_LEAST) * math.exp(-held / MARGIN_ROUNDS)
             if rates[at] <= rates[before.at] * (1.0 + margin):
                 at, since = before.at, before.since
-            elif at != before.at:
+            elif rates[at] > rates[before.at] * (1.0 + MARGIN):
                 self._share = self._probe_share  # something paid: look again
+        rival = max((r for i, r in enumerate(rates) if (i == 0) != (at == 0)), default=0.0) / rates[at]
+        if before is not None and rival > before.rival * (1.0 + SURPRISE):
+            self._share = self._probe_share  # drafting against not drafting looks better than it did
         return _Choice(
             at,
             since,
             self._round,
+            rival,
             ms[at],
             rates,
             [m - t / rates[at] for t, m in zip(tokens, ms, strict=True)],
-            [r * math.exp(PROBE_DOUBTS * d) for r, d in zip(rates, doubts, strict=True)],
+            [
+                r * math.exp(PROBE_DOUBTS * math.sqrt(mine + (kind if (i == 0) != (at == 0) else 0.0)))
+                for i, (r, mine, kind) in enumerate(zip(rates, own, kinds, strict=True))
+            ],
         )
 
     def _probing(self, choice: _Choice) -> Width | None:
@@ -217,14 +234,19 @@ class WidthPolicy:
         self._savings = min(self._savings + self._share, self._share * PROBE_SAVINGS)
         if self._round - self._probed < PROBE_GAP or self._round - choice.since < PROBE_GAP:
             return None
-        best, promise = None, choice.rates[choice.at]
+        best, promise = None, choice.rates[choice.at] * (1.0 + PROBE_LEAST)
         for i, hope in enumerate(choice.hopes):
             if hope > promise and i != choice.at:
                 best, promise = i, hope
+        reserve = 1.0
         if best is None:
-            return None
+            # Hopeless by all that is known; but what is known of the text is old.
+            others = [i for i in range(len(choice.rates)) if (i == 0) != (choice.at == 0)]
+            if not others:
+                return None
+            best, reserve = max(others, key=choice.rates.__getitem__), PROBE_DUTY
         loss = max(choice.losses[best] / choice.ms, 0.005)
-        if loss > self._savings:
+        if loss * reserve > self._savings:
             return None
         self._savings -= loss
         self._probed = self._round
@@ -262,6 +284,11 @@ class WidthPolicy:
 def _shares(counts: Counter[Width]) -> dict[str, float]:
     total = sum(counts.values()) or 1
     return {str(width): round(count / total, 4) for width, count in counts.most_common()}
+
+
+def _interval(held: int) -> int:
+    """Rounds from one weighing to the next of a width that was held so long."""
+    return min(REFRESH_FIRST + held // 4, REFRESH)
 
 
 def _bucket(requests: int) -> int:

@@ -12,9 +12,11 @@ from sglang_dflash.errors import UserError
 from sglang_dflash.step.width import Width
 
 # A middling drafter: probabilities of its best candidates at the first position, and how the mass of each
-# later one shrinks, because it is drafted without knowing what stands before it.
+# later one shrinks, because it is drafted without knowing what stands before it. Texts are now clear, now
+# open: as many parts of the steps are drafted with the probabilities to each of these powers.
 RANKS = (0.50, 0.13, 0.07, 0.045, 0.03, 0.022, 0.017, 0.014, 0.011, 0.009, 0.008, 0.007, 0.006, 0.005)
 DEPTH_SHRINKS = 0.88
+CLARITY = (0.15, 0.3, 0.5, 0.75, 1.0, 1.4, 2.0)
 
 # A position of certainty cannot be raised to a power.
 MOST = 1.0 - 1e-9
@@ -23,16 +25,23 @@ MOST = 1.0 - 1e-9
 @lru_cache(maxsize=64)
 def generic(tiers: tuple[int, ...], depth: int) -> np.ndarray:
     """float [T, depth]: the chance that the accepted path reaches a depth, in the best tree of each tier."""
+    return sum((_reach(tiers, depth, power) for power in CLARITY), np.zeros(())) / len(CLARITY)
+
+
+def _reach(tiers: tuple[int, ...], depth: int, power: float) -> np.ndarray:
+    # The first candidate's probability to the power; the others share what it leaves.
+    first = RANKS[0] ** power
+    ranks = [first, *(r * (1 - first) / (1 - RANKS[0]) for r in RANKS[1:])]
     reach = np.zeros((len(tiers), depth))
     heap = [(-1.0, 0)]
     taken, sums = 0, np.zeros(depth + 1)
     for t, nodes in enumerate(tiers):
         while taken < nodes and heap:
             negative, at = heapq.heappop(heap)
-            sums[at] += -negative
+            sums[at] -= negative
             taken += 1
             if at < depth:
-                for share in RANKS:
+                for share in ranks:
                     heapq.heappush(heap, (negative * share * DEPTH_SHRINKS**at, at + 1))
         reach[t] = sums[1:]
     return reach
