@@ -149,7 +149,7 @@ def test_ranks_that_share_predict_only_what_they_loaded():
     assert first.ms(W, 1, LENGTH) == second.ms(W, 1, LENGTH) == pytest.approx(2 * step_ms(W, 1), rel=0.02)
 
 
-@pytest.mark.parametrize("state", [[], [1.0] * 6, [0.0] * 7 + [3.0], [math.nan] * 10])
+@pytest.mark.parametrize("state", [[], [1.0] * 7, [0.0] * 7 + [3.0], [1.0] * 40, [math.nan] * 10])
 def test_a_broken_state_is_refused(state):
     with pytest.raises(ValueError, match="not the state"):
         CostTable().load(state)

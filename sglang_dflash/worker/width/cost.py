@@ -147,12 +147,16 @@ class CostTable:
             requests: in the batch.
             length: mean cached tokens of its requests.
         """
-        return self.look(width, requests, length)[0]
+        return self.measured(width, requests, length) * self._said.factor(width, requests, length)
 
-    def look(self, width: Width, requests: int, length: float) -> tuple[float, float, float]:
-        """:meth:`ms`, and the variances of its logarithm: beside its kind, and of plain beside tree steps."""
-        factor, own, kind = self._said.look(width, requests, length)
-        return self.measured(width, requests, length) * factor, own, kind
+    def all_ms(self, widths: Sequence[Width], requests: int, length: float) -> list[float]:
+        """:meth:`ms` of many widths at once."""
+        factors = self._said.factors(widths, requests, length)
+        return [self.measured(w, requests, length) * f for w, f in zip(widths, factors, strict=True)]
+
+    def doubts(self, widths: Sequence[Width], than: Width, requests: int, length: float) -> list[float]:
+        """Variances of the logarithm of each width's :meth:`ms` over that of ``than``."""
+        return self._said.doubts(widths, than, requests, length)
 
     def measured(self, width: Width, requests: int, length: float) -> float:
         """What the measured passes alone say, in ms."""

@@ -31,7 +31,7 @@ MARGIN, MARGIN_LEAST, MARGIN_ROUNDS = 0.03, 0.015, 100.0
 
 # Share of the time that probes may cost: at first, and when probes have long brought nothing.
 PROBE_SHARE, PROBE_SHARE_LEAST = 0.01, 0.002
-SURPRISE = 0.05  # so much better at one weighing than at the last, and probes may cost as at first again
+SURPRISE = 0.05  # drafting so much better at one weighing than at the last: probe as at first again
 PROBE_GAP = 6  # rounds; a probe's outcome is known after two
 PROBE_DOUBTS = 1.5  # a width is probed when so many standard deviations would make it the best
 PROBE_LEAST = 0.02  # and be better by this
@@ -188,20 +188,14 @@ class WidthPolicy:
         return width
 
     def _weigh(self, before: _Choice | None, requests: int, length: float, share: float) -> _Choice:
-        ms, tokens = [], self.gains.of(self.candidates, share)
-        unknown = {b: self.gains.doubt(b, share) for b in self.gains.blocks}
-        own, kinds = [], []  # variances beside widths of the same kind, and beside the other kind
-        for width in self.candidates:
-            if width.nodes > 1 and self.max_rows is not None and width.nodes * requests > self.max_rows:
-                price, mine, kind = math.inf, 0.0, 0.0
-            else:
-                price, mine, kind = self.cost.look(width, requests, length)
-            if width.nodes > 1:
-                block, text = unknown[width.block]
-                mine, kind = mine + block, kind + text
-            ms.append(price)
-            own.append(mine)
-            kinds.append(kind)
+        tokens = self.gains.of(self.candidates, share)
+        most = self.max_rows or math.inf
+        ms = [
+            price if w.nodes == 1 or w.nodes * requests <= most else math.inf
+            for w, price in zip(
+                self.candidates, self.cost.all_ms(self.candidates, requests, length), strict=True
+            )
+        ]
         rates = [t / m for t, m in zip(tokens, ms, strict=True)]
         at = max(range(len(rates)), key=rates.__getitem__)
         since = self._round
@@ -213,8 +207,8 @@ class WidthPolicy:
             elif rates[at] > rates[before.at] * (1.0 + MARGIN):
                 self._share = self._probe_share  # something paid: look again
         rival = max((r for i, r in enumerate(rates) if (i == 0) != (at == 0)), default=0.0) / rates[at]
-        if before is not None and rival > before.rival * (1.0 + SURPRISE):
-            self._share = self._probe_share  # drafting against not drafting looks better than it did
+        if before is not None and at == 0 and rival > before.rival * (1.0 + SURPRISE):
+            self._share = self._probe_share  # drafting looks better than it did
         return _Choice(
             at,
             since,
@@ -223,11 +217,24 @@ class WidthPolicy:
             ms[at],
             rates,
             [m - t / rates[at] for t, m in zip(tokens, ms, strict=True)],
-            [
-                r * math.exp(PROBE_DOUBTS * math.sqrt(mine + (kind if (i == 0) != (at == 0) else 0.0)))
-                for i, (r, mine, kind) in enumerate(zip(rates, own, kinds, strict=True))
-            ],
+            self._hopes(at, rates, requests, length, share),
         )
+
+    def _hopes(self, at: int, rates: list[float], requests: int, length: float, share: float) -> list[float]:
+        """The rates, with the doubt in how they compare to the choice's taken for the better."""
+        price = self.cost.doubts(self.candidates, self.candidates[at], requests, length)
+        of_block = {b: self.gains.doubt(b, share) for b in self.gains.blocks}
+        now = self.candidates[at]
+        hopes = []
+        for rate, doubt, width in zip(rates, price, self.candidates, strict=True):
+            if width.block != now.block:
+                # A drafter of another block; and beside plain steps the text itself is in doubt.
+                if width.nodes > 1:
+                    doubt += of_block[width.block][0]
+                if 1 in (width.nodes, now.nodes):
+                    doubt += of_block[max(width.block, now.block)][1]
+            hopes.append(rate * math.exp(PROBE_DOUBTS * math.sqrt(doubt)))
+        return hopes
 
     def _probing(self, choice: _Choice) -> Width | None:
         """Another width to try in this round, or None."""
