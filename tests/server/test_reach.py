@@ -1,0 +1,63 @@
+"""Drafters in layouts other than z-lab's first, started for real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import field, tiny
+from tests.server.support import Client, Request, Serving, dflash_args, tiny_args
+
+pytestmark = pytest.mark.server
+
+REQUESTS = [Request(tuple(tiny.tokens_of(text)), 40) for text in (b"a prompt", b"another one, longer")]
+
+
+def test_a_windowed_anchor_first_drafter_with_flat_keys(
+    serving: Serving, tiny_pair: tuple[Path, Path], tiny_plain: Client, tmp_path: Path
+) -> None:
+    """Bidirectional sliding layers, every key at the top level, rows that predict the next token."""
+    target, _ = tiny_pair
+    spec = tiny.TargetSpec(tie_word_embeddings=False)
+    folder = tiny.build_drafter(tmp_path / "drafter", spec)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config |= config.pop("dflash_config") | {
+        "sample_from_anchor": True,
+        "is_causal": False,
+        "layer_types": ["sliding_attention"] * 2,
+        "sliding_window": 16,
+        "use_sliding_window": True,
+        "vocab_size": spec.vocab_size + 4,
+        "num_target_layers": spec.num_layers + 1,
+    }
+    file.write_text(json.dumps(config))
+    with serving("reach", tiny_args(target, *dflash_args(folder, 8))) as client:
+        marker = client.info().marker
+        assert marker is not None
+        assert marker.mode == "tree"
+        got = client.generate(REQUESTS, 2)
+    want = tiny_plain.generate(REQUESTS, 2)
+    assert [reply["output_ids"] for reply in got] == [reply["output_ids"] for reply in want]
+
+
+@pytest.mark.slow
+def test_the_published_drafter_that_trees_serve(
+    serving: Serving, tiny_pair: tuple[Path, Path], tiny_plain: Client, tmp_path: Path
+) -> None:
+    """Qwen3-4B-DFlash-b16's keys over the tiny target: a block of 16, five layers."""
+    target, _ = tiny_pair
+    published = next(entry for entry in field.ENTRIES if entry["name"] == "Qwen3-4B-DFlash-b16")["config"]
+    section = {**published["dflash_config"], "target_layer_ids": [0, 1, 2]}
+    folder = field.build_drafter(
+        tmp_path / "drafter", {**published, "dflash_config": section, "num_target_layers": 4}, 4
+    )
+    with serving("published", tiny_args(target, *dflash_args(folder))) as client:
+        marker = client.info().marker
+        assert marker is not None
+        assert (marker.mode, (marker.model_extra or {})["block_size"]) == ("tree", 16)
+        got = client.generate(REQUESTS, 2)
+    want = tiny_plain.generate(REQUESTS, 2)
+    assert [reply["output_ids"] for reply in got] == [reply["output_ids"] for reply in want]
