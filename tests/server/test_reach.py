@@ -15,6 +15,7 @@ pytestmark = pytest.mark.server
 REQUESTS = [Request(tuple(tiny.tokens_of(text)), 40) for text in (b"a prompt", b"another one, longer")]
 
 
+@pytest.mark.slow
 def test_a_windowed_anchor_first_drafter_with_flat_keys(
     serving: Serving, tiny_pair: tuple[Path, Path], tiny_plain: Client, tmp_path: Path
 ) -> None:
