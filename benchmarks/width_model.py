@@ -142,7 +142,8 @@ def main() -> None:
     for gpu in GPUS:
         for model in (DENSE, MIXTURE):
             for tokens in map(float, o.tokens.split(",")):
-                print(f"\n{gpu.name}, {model.name}, {CONTEXT} cached tokens, {tokens} tokens at {WIDEST}:\n")
+                assumed = f"{CONTEXT} cached tokens, {WIDEST} assumed to bring {tokens}"
+                print(f"\n{gpu.name}, {model.name}, {assumed}:\n")
                 columns = ("in flight", "plain tokens/s", "auto", "width", "tokens a step", *map(str, fixed))
                 print(f"| {' | '.join(columns)} |")
                 print("|---" * len(columns) + "|")
