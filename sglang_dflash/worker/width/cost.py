@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import statistics
 import tempfile
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 # Share of the time to measure that may go to cells for the first time.
 FIRST_ROUND = 0.6
+
+# Standard deviation of the log of a price a doubling of rows or of requests away from the next measured
+# cell, and the greatest.
+FAR, MOST_FAR = 0.06, 0.3
 
 What = Literal["target", "draft", "rest"]
 
@@ -64,9 +69,7 @@ def plan(widest: Width, most_requests: int, longest: int, length: int = 256) -> 
     far = min(4 * near, longest)
     loads = sorted({min(r, most_requests) for r in (1, 4, 16, 64, 256, most_requests)})
     tiers = [n for n in TIERS if n < widest.nodes] + [widest.nodes]
-    # The staircase of one request first, then ever coarser, and the tiers between at last.
     main = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < widest.nodes] + [widest.nodes]
-    blocks = sorted({2, widest.block})
     cells: list[Cell] = []
 
     def ask(what: What, rows: int, requests: int, at: int = near) -> None:
@@ -74,19 +77,27 @@ def plan(widest: Width, most_requests: int, longest: int, length: int = 256) -> 
         if cell not in cells:
             cells.append(cell)
 
-    for i, requests in enumerate(loads):
-        wide = main if i == 0 else [n for n in main if n <= max(16 >> (2 * i - 2), 4)]
-        for n in wide:
+    # What decides whether to draft at all, at every load that is likely; then how wide; then the price by
+    # length; the greatest loads; and the tiers between at last.
+    for requests, most in zip(loads[:3], (8, 4, 2), strict=False):
+        for n in [n for n in main if n <= max(most, main[0])]:
             ask("target", n, requests)
-        for b in blocks:
+        for b in sorted({2, widest.block}):
             ask("draft", b, requests)
-        if i == 1:
-            for n in (1, min(4, widest.nodes)):
-                ask("target", n, requests, far)
-            ask("draft", widest.block, requests, far)
+    for requests, most in zip(loads[:3], (128, 16, 4), strict=False):
+        for n in [n for n in main if n <= most or requests == 1]:
+            ask("target", n, requests)
+    for n in (1, min(4, widest.nodes)):
+        ask("target", n, loads[min(1, len(loads) - 1)], far)
+    ask("draft", widest.block, loads[min(1, len(loads) - 1)], far)
     for requests in loads[:3]:  # each takes a whole step
         ask("rest", 1, requests)
         ask("rest", min(4, widest.nodes), requests)
+    for requests in loads[3:]:
+        for n in [n for n in main if n <= 4]:
+            ask("target", n, requests)
+        for b in sorted({2, widest.block}):
+            ask("draft", b, requests)
     for requests in sorted({min(r, most_requests) for r in (1, 2, 4, 8, 16, 32)}):
         for n in [n for n in tiers if n * requests <= 4 * widest.nodes]:
             ask("target", n, requests)
@@ -117,8 +128,8 @@ class CostTable:
         self._cells: list[Cell] = []
         self._captured = {n: tuple(sizes) for n, sizes in (captured or {}).items()}
         self._shared = shared
-        self._live = Drift()
-        self._said = Drift() if shared else self._live
+        self._live = Drift(self._unsure)
+        self._said = Drift(self._unsure) if shared else self._live
         self._stale = True
         for cell in cells:
             self.add(cell)
@@ -191,6 +202,17 @@ class CostTable:
         fixed, per_row = self._slopes[what, plain]
         return base, (fixed + per_row * rows) * requests
 
+    def _unsure(self, n: int, requests: int) -> float:
+        """Variance of the log of a target pass's price for being away from every measured one."""
+        if self._stale:
+            self._rebuild()
+        known = self._far.get((n, requests))
+        if known is None:
+            cells = [c for c in self._cells if c.what == "target" and (c.rows == 1) == (n == 1)]
+            far = [abs(math.log2(n / c.rows)) + abs(math.log2(requests / c.requests)) for c in cells]
+            known = self._far[n, requests] = min(FAR * min(far, default=MOST_FAR), MOST_FAR) ** 2
+        return known
+
     def _plain(self, what: What, requests: int) -> float:
         plain, trees = self._plains[what], self._surfaces[what]
         if what == "rest" or len(plain.counts) > 1:
@@ -205,6 +227,7 @@ class CostTable:
         lengths = [c.length for c in self._cells if c.what == "target"] or [0]
         self._length = max(set(lengths), key=lengths.count)
         self._lines: dict[tuple[Width, int], tuple[float, float]] = {}
+        self._far: dict[tuple[int, int], float] = {}
         self._slopes: dict[tuple[What, bool], tuple[float, float]] = {}
         self._surfaces: dict[What, Surface] = {}
         self._plains: dict[What, Surface] = {}

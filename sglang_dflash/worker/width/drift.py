@@ -10,7 +10,7 @@ says how the two compare.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -72,19 +72,20 @@ class _Load:
 
     def _limits(self) -> None:
         self._step = np.array([STEP[kind] for kind, _ in self.places])
-        self._most = np.array([2 * FIRST[kind] for kind, _ in self.places])
+        first = np.array([FIRST[kind] for kind, _ in self.places])
+        self._most = np.maximum(2 * first, np.diag(self.covariance))
 
     def known(self, width: Width) -> list[int]:
         return [self.places[name] for name in effects_of(width) if name in self.places]
 
-    def meet(self, width: Width, start: float) -> list[int]:
-        """Places of all effects of a width; new rows begin at ``start``."""
+    def meet(self, width: Width, start: float, unsure: float) -> list[int]:
+        """Places of all effects of a width; new rows begin at ``start``, with so much more variance."""
         for name in effects_of(width):
             if name not in self.places:
                 self.places[name] = len(self.places)
                 self.value = np.append(self.value, start if name[0] == "rows" else 0.0)
                 self.covariance = np.pad(self.covariance, ((0, 1), (0, 1)))
-                self.covariance[-1, -1] = FIRST[name[0]]
+                self.covariance[-1, -1] = FIRST[name[0]] + (unsure if name[0] == "rows" else 0.0)
                 self._limits()
         return self.known(width)
 
@@ -104,9 +105,14 @@ class _Load:
 
 
 class Drift:
-    """The effects, learned from steps."""
+    """The effects, learned from steps.
 
-    def __init__(self) -> None:
+    Args:
+        unsure: (n, requests) -> variance of what the table says there beyond that of a measured cell.
+    """
+
+    def __init__(self, unsure: Callable[[int, int], float] = lambda n, requests: 0.0) -> None:
+        self._unsure = unsure
         self.steps = 0
         self.noise = NOISE_FIRST
         self._accidents = 0
@@ -145,6 +151,8 @@ class Drift:
                         continue
                     if (at := load.places.get(name)) is None:
                         unmet[i] += FIRST[name[0]]
+                        if name[0] == "rows":
+                            unmet[i] += self._unsure(name[1], requests)
                     else:
                         signs[i, at] = sign
         met = np.einsum("ij,ij->i", signs @ load.covariance, signs)
@@ -167,7 +175,8 @@ class Drift:
         self._accidents = 0
         self.steps += 1
         load = self._enter(requests, length)
-        at = load.meet(width, self._neighbour(width.nodes, requests, length))
+        n = width.nodes
+        at = load.meet(width, self._neighbour(n, requests, length), self._unsure(n, requests))
         load.grow()
         ahead = load.covariance[at].sum(0)  # covariances of the step's time with every effect
         total = float(ahead[at].sum()) + self.noise
