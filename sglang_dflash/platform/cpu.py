@@ -89,6 +89,8 @@ class DFlashCpuPlatform(CpuDeviceMixin, SRTPlatform):
         apply_mends()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
+        from sglang_dflash.platform.mends import mend_runner
         from sglang_dflash.platform.model_mends import mend_model
 
+        mend_runner()
         mend_model(model)

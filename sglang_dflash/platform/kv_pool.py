@@ -37,6 +37,8 @@ class CpuMHATokenToKVPool(MHATokenToKVPool):
         dcp_kv_mask: torch.Tensor | None = None,
     ) -> None:
         """Write K and V rows ``[n, kv_heads, dim]`` at the slots of ``loc_info`` (int64 ``[n]``)."""
+        if cache_v.dtype != cache_k.dtype:
+            cache_v = cache_v.to(cache_k.dtype)  # the parent looks at K's alone
         if cache_k.dtype != self.store_dtype or dcp_kv_mask is not None or self.use_hnd:
             super().set_kv_buffer(
                 layer, loc_info, cache_k, cache_v, k_scale, v_scale, layer_id_override, dcp_kv_mask

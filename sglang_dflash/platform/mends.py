@@ -14,6 +14,7 @@ import torch
 from sglang_dflash.errors import UserError
 from sglang_dflash.platform import ATTENTION_BACKEND, fused_ops, hashing, slots
 from sglang_dflash.platform.contracts import Contract, check, replace
+from sglang_dflash.platform.embeds import in_own_dtype
 from sglang_dflash.platform.transfer import mend_transfers
 
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
@@ -84,6 +85,13 @@ WEIGHT_UPDATES = tuple(
     )
 )
 
+#: The runner's module is being imported when ``apply_mends`` runs; this one waits for a model.
+FORWARD_KWARGS = Contract(
+    "sglang.srt.model_executor.model_runner",
+    "ModelRunner._extend_forward_kwargs",
+    ("self", "forward_batch", "pp_proxy_tensors"),
+)
+
 _applied = False
 
 
@@ -111,6 +119,21 @@ def apply_mends() -> None:
     except UserError as error:
         raise SystemExit(f"sglang-dflash: {error}") from error
     _applied = True
+
+
+def mend_runner() -> None:
+    """What is left to mend once the model runner's module is there; safe to call twice.
+
+    Raises:
+        SystemExit: with one line, when the installed SGLang is not the expected one.
+    """
+    try:
+        original = check(FORWARD_KWARGS)
+    except UserError as error:
+        raise SystemExit(f"sglang-dflash: {error}") from error
+    owner = Contract(FORWARD_KWARGS.module, "ModelRunner").resolve()
+    if not hasattr(original, "__wrapped__"):
+        owner._extend_forward_kwargs = in_own_dtype(original)
 
 
 def _register_attention_backend() -> None:

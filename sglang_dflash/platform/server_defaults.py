@@ -9,6 +9,9 @@ from sglang_dflash.platform import ATTENTION_BACKEND
 
 #: Backends that run here: ours, and SGLang's slower one for plain decoding.
 USABLE_BACKENDS = (None, ATTENTION_BACKEND, "torch_native")
+#: Prompt tokens of one pass. SGLang's default, made for GPUs, keeps a CPU busy for a minute, in which
+#: the scheduler answers nobody: not ``/health``, which then says 503, and no abort.
+PREFILL_CHUNK = 256
 KV_CACHE_DTYPES = (None, "auto", "bf16", "bfloat16")
 
 
@@ -31,7 +34,7 @@ def offer_attention_backend() -> None:
 
 
 def apply(server_args: Any) -> None:
-    """Make our attention backend the default of every pass; refuse what cannot run.
+    """Make our attention backend the default of every pass and prefill chunks short; refuse what cannot run.
 
     SGLang's own rule for ``device == "cpu"`` has run by now and wrote ``intel_amx`` (or
     ``torch_native`` on Arm) without asking the platform; both fail on a verify pass here.
@@ -46,6 +49,10 @@ def apply(server_args: Any) -> None:
     _refuse_unless(raw.get("kv_cache_dtype") in KV_CACHE_DTYPES, "kv_cache_dtype", raw)
     if raw.get("attention_backend") is None:
         server_args.attention_backend = ATTENTION_BACKEND
+    chunk = server_args.chunked_prefill_size
+    if raw.get("chunked_prefill_size") is None and (chunk is None or chunk > PREFILL_CHUNK):
+        page = server_args.page_size or 1
+        server_args.chunked_prefill_size = max(page, PREFILL_CHUNK // page * page)
 
 
 def _refuse_unless(usable: bool, field: str, raw: dict[str, Any]) -> None:

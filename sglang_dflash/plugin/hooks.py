@@ -38,6 +38,13 @@ SET_RANDOM_SEED = "sglang.srt.utils.common.set_random_seed"
 _BATCH_INFO = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 _SAMPLE_FROM_PROBS = "sglang.srt.layers.sampler.Sampler._sample_from_probs"
 _GENERATE_REQ = "sglang.srt.managers.io_struct.GenerateReqInput"
+_SCHEDULE_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+_SESSION = "sglang.srt.session.session_controller.Session"
+_KEEP_TURN = "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req"
+_FINISHED = (
+    "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor._handle_finish_state_updated_req"
+)
 _VALIDATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 
 
@@ -206,7 +213,7 @@ def scheduler_traceback(original: Callable) -> str:
 
 def publish(result: Any, server_args: Any, *args: Any, role: str, **kwargs: Any) -> None:
     """AFTER ``publish``: SGLang says which process this is; the seeded sampler goes into two of them,
-    the check of prompts into the one that takes requests.
+    mends into the scheduler, the check of prompts into the one that takes requests.
 
     Their targets cost seconds to import in a process that would not need them. SGLang's own chain keeps
     SGLang's own sampler.
@@ -216,8 +223,8 @@ def publish(result: Any, server_args: Any, *args: Any, role: str, **kwargs: Any)
     from sglang_dflash.upstream import contract
 
     if role == "scheduler":
-        contract.check_sampler()
-        _install(_sampler_table())
+        contract.check_scheduler()
+        _install(_sampler_table() | _scheduler_table())
     elif role == "tokenizer":
         contract.check_front_end()
         _install(_front_end_table())
@@ -254,6 +261,20 @@ def _sampler_table() -> dict[str, tuple[Callable, Any]]:
     }
 
 
+def _scheduler_table() -> dict[str, tuple[Callable, Any]]:
+    """Mends of every scheduler, plain ones included."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    from sglang_dflash.upstream import embeds, sessions, usage
+
+    return {
+        f"{_SCHEDULE_BATCH}.prepare_for_extend": (embeds.spread_embeds, HookType.AFTER),
+        f"{_SESSION}.create_req": (sessions.detach_refused, HookType.AFTER),
+        _KEEP_TURN: (sessions.keep_written_keys, HookType.AROUND),
+        _FINISHED: (usage.trim_reasoning, HookType.BEFORE),
+    }
+
+
 def _front_end_table() -> dict[str, tuple[Callable, Any]]:
     """Hooks of the process that takes requests."""
     from sglang.srt.plugins.hook_registry import HookType
@@ -266,6 +287,7 @@ def _front_end_table() -> dict[str, tuple[Callable, Any]]:
             lambda prompt, batch, i: sampler.attach_counter(prompt, batch),
             HookType.AFTER,
         ),
+        f"{_GENERATE_REQ}._validate_inputs": (prompts.validate_inputs, HookType.AROUND),
         f"{_GENERATE_REQ}.regenerate_rid": (sampler.number_sample, HookType.AROUND),
     }
 

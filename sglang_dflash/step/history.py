@@ -30,6 +30,11 @@ class TokenHistory:
         columns = columns.clamp(max=self.tokens.shape[1] - 1)
         self.tokens[rows[:, None], columns] = tokens.int()
 
+    def tail(self, rows: torch.Tensor, last: torch.Tensor, width: int) -> torch.Tensor:
+        """int32 [bs, width]: the tokens at positions last - width + 1 .. last (int64 [bs]) of each row."""
+        columns = last[:, None] - torch.arange(width - 1, -1, -1, device=last.device)
+        return self.tokens[rows[:, None], columns.clamp(min=0)]
+
     def counts(
         self, rows: torch.Tensor, first: torch.Tensor, last: torch.Tensor, longest: int, vocab: int
     ) -> torch.Tensor:

@@ -3,17 +3,18 @@ history of committed tokens that penalties count."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from dflash_kernels import Accepted, DraftTree
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
-from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
 from sglang_dflash.step.history import TokenHistory
 from sglang_dflash.step.penalties import apply_penalties, row_penalties
 from sglang_dflash.step.width import Step
+from sglang_dflash.upstream.processors import Processors, shown, stop_at_root, texts_of
 from sglang_dflash.upstream.requests import needs_penalties, penalties_of
 
 
@@ -28,6 +29,7 @@ class Adjustments:
         self.target = target
         self.whole_texts = False  # the history holds prompts too, from which text is recalled
         self._history: TokenHistory | None = None
+        self._processors = Processors()
 
     def warm_penalties(self) -> None:
         """Compile SGLang's repetition penalty now, not in the first request that has one.
@@ -57,17 +59,22 @@ class Adjustments:
         tree: DraftTree,
         grammar: GrammarTree | None,
         barrier: Any,
-    ) -> None:
+    ) -> DraftTree:
         """What a request asks of the logits, at every node, in place and in plain decoding's order:
-        custom processor, penalties, grammar, logit bias."""
+        custom processor, penalties, grammar, logit bias.
+
+        Returns:
+            the tree to walk: without the nodes whose rows a custom processor could not be shown.
+        """
         info = batch.sampling_info
         mask = None
         if grammar is not None:
             mask = build_grammar_vocab_mask(
                 reqs=batch.reqs, tree=grammar, sampling_info=info, device=logits.device, barrier=barrier
             )
+        stay: list[int] = []
         if info is not None and info.has_custom_logit_processor:
-            apply_custom_logit_processor(logits, info, num_tokens_in_batch=step.width.nodes)
+            stay = self._processors(batch, logits, step.prefix_lens, tree, self.history())
         if info is not None and needs_penalties(info):
             self._penalise(batch, logits, step, tree)
         if mask is not None:
@@ -75,6 +82,7 @@ class Adjustments:
         if info is not None and info.logit_bias is not None:
             bs, nodes = tree.tokens.shape
             logits.view(bs, nodes, -1).add_(info.logit_bias[:, None, :].to(logits.dtype))
+        return stop_at_root(tree, stay)
 
     def _penalise(self, batch: Any, logits: torch.Tensor, step: Step, tree: DraftTree) -> None:
         penalties = penalties_of(batch, logits.device)
@@ -117,6 +125,14 @@ class Adjustments:
         info.acc_additive_penalties = added
         if info.acc_scaling_penalties is not None:
             info.acc_scaling_penalties = scales
+
+    def texts_shown(self, batch: Any) -> Any:
+        """``with`` it, custom processors see what the running requests of a mixed batch have said; under
+        overlap the host's own text lags by the step in flight."""
+        info = batch.sampling_info
+        if not batch.forward_mode.is_mixed() or info is None or not info.has_custom_logit_processor:
+            return nullcontext()
+        return shown(batch.reqs, texts_of(batch, batch.seq_lens - 1, self.history()))
 
     def note_texts(self, batch: Any) -> bool:
         """Write down what the batch's requests have said; whether any has said something."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 
 from sglang_dflash import __version__
 from sglang_dflash.errors import UserError
+from sglang_dflash.platform.embeds import in_own_dtype
 from sglang_dflash.platform.linear import head_logits
 from sglang_dflash.platform.processor import processor_name
 from sglang_dflash.step.noise import StepNoise
@@ -84,7 +86,9 @@ class Bridge:
         processor = getattr(worker, "_target_logits_processor", None)
         if processor is not None:
             processor.defer_verify_gather = False
-        _keep_drafter_dtype(self.drafter)
+        # The platform has done so on a CPU. Block embeddings are the target's, in the drafter's dtype.
+        plain = type(self.drafter)._extend_forward_kwargs
+        self.drafter._extend_forward_kwargs = MethodType(in_own_dtype(plain), self.drafter)
         self.tree_buffers: TreeBuffers | None = None
         self._block_infos: dict[int, DFlashVerifyInput] = {}
         self._target_tiers: Tiers = no_tiers
@@ -394,20 +398,3 @@ class Bridge:
             positions=positions.reshape(-1),
             commit_lens=accept_lens,
         )
-
-
-def _keep_drafter_dtype(runner: Any) -> None:
-    """Undo the bfloat16 cast of ``input_embeds`` on the drafter's runner.
-
-    ``ModelRunner._extend_forward_kwargs`` casts them whatever the model's dtype, which breaks
-    float32 and float16 drafters in eager mode.
-    """
-    original = runner._extend_forward_kwargs
-
-    def keep(forward_batch: Any, pp_proxy_tensors: Any) -> dict:
-        kwargs = original(forward_batch, pp_proxy_tensors)
-        if forward_batch.input_embeds is not None and "input_embeds" in kwargs:
-            kwargs["input_embeds"] = forward_batch.input_embeds.to(runner.dtype)
-        return kwargs
-
-    runner._extend_forward_kwargs = keep

@@ -50,9 +50,20 @@ SAMPLER: dict[str, tuple[str, ...]] = {
         *("weights", "token_ids", "selected_weight", "batch_rows"),
     ),
 }
+# What else is hooked in every scheduler that the plugin serves, plain ones included.
+SCHEDULER: dict[str, tuple[str, ...]] = {
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend": ("self",),
+    "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor._handle_finish_state_updated_req": (
+        *("self", "req", "batch", "result", "i", "logits_output"),
+    ),
+    "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req": ("self", "req"),
+    "sglang.srt.session.session_controller.Session.create_req": ("self", "req", "tokenizer", "vocab_size"),
+}
 FRONT_END: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.io_struct.GenerateReqInput.__getitem__": ("self", "i"),
     "sglang.srt.managers.io_struct.GenerateReqInput.regenerate_rid": ("self",),
+    "sglang.srt.managers.io_struct.GenerateReqInput._validate_inputs": ("self",),
     "sglang.srt.managers.io_struct.GenerateReqInput.contains_mm_input": ("self",),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request": (
         *("self", "obj", "input_ids"),
@@ -170,10 +181,8 @@ WORKER: dict[str, tuple[str, ...]] = {
         "predict",
         "accept_index",
     ),
-    "sglang.srt.layers.sampler.apply_custom_logit_processor": (
-        "logits",
-        "sampling_batch_info",
-        "num_tokens_in_batch",
+    "sglang.srt.sampling.custom_logit_processor.CustomLogitProcessor.__call__": (
+        *("self", "logits", "custom_param_list"),
     ),
     "sglang.srt.speculative.spec_tp_sync.SpecTpSync.sync": ("self", "site"),
     "sglang.srt.speculative.spec_utils.GrammarTree.from_device": (
@@ -273,9 +282,9 @@ def check_worker() -> None:
     _raise_if_broken(WORKER)
 
 
-def check_sampler() -> None:
-    """Check what the seeded sampler hooks in the scheduler. Raises UserError."""
-    _raise_if_broken(SAMPLER)
+def check_scheduler() -> None:
+    """Check what is hooked in every scheduler. Raises UserError."""
+    _raise_if_broken(SAMPLER | SCHEDULER)
 
 
 def check_front_end() -> None:

@@ -175,12 +175,13 @@ class TreeWorker(DFlashWorkerV2):
             idle = batch.forward_mode.is_idle()
             if not idle:
                 self.adjust.prepare_prefill(batch, grammar_barrier)
-            result = super().forward_batch_generation(
-                batch,
-                on_publish=on_publish,
-                grammar_barrier=grammar_barrier,
-                pp_proxy_tensors=pp_proxy_tensors,
-            )
+            with self.adjust.texts_shown(batch):
+                result = super().forward_batch_generation(
+                    batch,
+                    on_publish=on_publish,
+                    grammar_barrier=grammar_barrier,
+                    pp_proxy_tensors=pp_proxy_tensors,
+                )
             if not idle:
                 self.adjust.remember_prefill(batch, result)
             return result
@@ -216,8 +217,8 @@ class TreeWorker(DFlashWorkerV2):
         laps.mark()
         verified = self.verify(tree, step, batch)
         laps.mark()
-        self.adjust.logits(batch, verified.logits, step, tree, grammar, grammar_barrier)
-        accepted, chosen = self.accept(verified, tree, step, batch)
+        walk = self.adjust.logits(batch, verified.logits, step, tree, grammar, grammar_barrier)
+        accepted, chosen = self.accept(verified, walk, step, batch)
         self.adjust.logprobs(batch, verified.raw.logits_output, accepted, chosen)
         if on_publish is not None:
             on_publish(accepted.new_lens)

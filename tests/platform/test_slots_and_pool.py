@@ -95,13 +95,15 @@ def test_move_of_nothing(pool) -> None:
     assert torch.equal(pool.k_buffer[0], before)
 
 
-@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32])
-def test_write_converts_and_touches_one_layer(pool, given: torch.dtype) -> None:
+@pytest.mark.parametrize("k_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("v_dtype", [torch.bfloat16, torch.float32])
+def test_write_converts_and_touches_one_layer(pool, k_dtype: torch.dtype, v_dtype: torch.dtype) -> None:
     from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
     before = [b.clone() for b in pool.k_buffer]
     loc = torch.tensor([33, 17])
-    k, v = torch.randn(2, 2, 2, 8).to(given)
+    k, v = torch.randn(2, 2, 2, 8)
+    k, v = k.to(k_dtype), v.to(v_dtype)
     pool.set_kv_buffer(SimpleNamespace(layer_id=1), KVWriteLoc(loc, None), k, v)
     assert torch.equal(pool.k_buffer[1][loc], k.bfloat16())
     assert torch.equal(pool.v_buffer[1][loc], v.bfloat16())

@@ -47,15 +47,39 @@ class TestActivation:
             entry.activate()
 
 
+def arguments(raw: dict[str, object], **resolved: object) -> SimpleNamespace:
+    known = {"attention_backend": None, "chunked_prefill_size": None, "page_size": None}
+    return SimpleNamespace(**known | resolved, _raw_input=raw)
+
+
 class TestDefaults:
+    @pytest.mark.parametrize(
+        ("raw", "resolved", "page", "chunk"),
+        [
+            (None, None, None, 256),
+            (None, 8192, 1, 256),
+            (None, 4096, 48, 240),
+            (None, 4096, 512, 512),
+            (None, -1, 16, -1),
+            (None, 128, 1, 128),
+            (8192, 8192, 1, 8192),
+        ],
+    )
+    def test_a_prefill_chunk_takes_seconds(
+        self, raw: int | None, resolved: int | None, page: int | None, chunk: int
+    ) -> None:
+        args = arguments({"chunked_prefill_size": raw}, chunked_prefill_size=resolved, page_size=page)
+        server_defaults.apply(args)
+        assert args.chunked_prefill_size == chunk
+
     def test_sglangs_choice_is_replaced(self) -> None:
-        args = SimpleNamespace(attention_backend="intel_amx", _raw_input={"attention_backend": None})
+        args = arguments({"attention_backend": None}, attention_backend="intel_amx")
         server_defaults.apply(args)
         assert args.attention_backend == ATTENTION_BACKEND
 
     def test_a_usable_choice_of_the_user_stays(self) -> None:
         raw = {"attention_backend": "torch_native"}
-        args = SimpleNamespace(attention_backend="torch_native", _raw_input=raw)
+        args = arguments(raw, attention_backend="torch_native")
         server_defaults.apply(args)
         assert args.attention_backend == "torch_native"
 
@@ -68,7 +92,7 @@ class TestDefaults:
         ],
     )
     def test_what_cannot_run_is_refused_in_one_line(self, field: str, value: str) -> None:
-        args = SimpleNamespace(attention_backend=None, _raw_input={field: value})
+        args = arguments({field: value})
         with pytest.raises(SystemExit, match=value) as refusal:
             server_defaults.apply(args)
         assert "\n" not in str(refusal.value)
@@ -108,7 +132,7 @@ class TestContracts:
             *(mends.ASSIGN_REQ_TO_TOKEN, mends.GET_LAST_LOC, mends.MURMUR_HASH),
             mends.SCALING_PENALTIES,
         )
-        for contract in (*replaced, *mends.RELIED_ON, *mends.WEIGHT_UPDATES):
+        for contract in (*replaced, *mends.RELIED_ON, *mends.WEIGHT_UPDATES, mends.FORWARD_KWARGS):
             check(contract)
 
     @pytest.mark.parametrize(

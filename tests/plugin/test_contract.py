@@ -23,8 +23,8 @@ def test_reading_contract_holds() -> None:
     assert contract.broken(contract.READING) == []
 
 
-def test_sampler_contract_holds() -> None:
-    assert contract.broken(contract.SAMPLER | contract.FRONT_END) == []
+def test_scheduler_and_front_end_contract_holds() -> None:
+    assert contract.broken(contract.SAMPLER | contract.SCHEDULER | contract.FRONT_END) == []
 
 
 def test_handover_contract_holds() -> None:
@@ -43,6 +43,7 @@ def test_every_hooked_function_is_under_contract() -> None:
     hooked = {*hooks._table(), hooks.SERVER_INFO, hooks.SCHEDULER_TRACEBACK, hooks.CHECK_DECODE_MEM}
     assert hooked <= set(contract.LIGHT) | set(contract.WORKER)
     assert set(hooks._sampler_table()) <= set(contract.SAMPLER)
+    assert set(hooks._scheduler_table()) <= set(contract.SCHEDULER)
     assert set(hooks._front_end_table()) <= set(contract.FRONT_END)
     assert handover.PREBUILT in contract.HANDOVER
 

@@ -91,8 +91,8 @@ def launch(serving: Serving) -> Iterator[Callable[..., Client]]:
 @pytest.fixture(scope="session")
 def tiny_plain(serving: Serving, tiny_pair: tuple[Path, Path]) -> Iterator[Client]:
     """Plain decoding without overlap, where SGLang's penalties count every token."""
-    parser = ["--tool-call-parser", "qwen"]
-    with serving("tiny-plain", tiny_args(tiny_pair[0], "--disable-overlap-schedule", *parser)) as client:
+    more = ["--disable-overlap-schedule", "--tool-call-parser", "qwen", "--enable-custom-logit-processor"]
+    with serving("tiny-plain", tiny_args(tiny_pair[0], *more), PYTHONPATH=str(ROOT)) as client:
         yield client
 
 
@@ -110,6 +110,7 @@ def tiny_tree(serving: Serving, tiny_pair: tuple[Path, Path]) -> Iterator[Client
     """
     target, drafter = tiny_pair
     more = ["--page-size", "1", "--tool-call-parser", "qwen", "--enable-metrics"]
+    more += ["--enable-custom-logit-processor", "--enable-streaming-session"]
     with serving(
         "tiny-tree",
         tiny_args(target, *dflash_args(drafter, 24), *more),

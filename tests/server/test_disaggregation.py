@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sglang_dflash.client.ports import free_port
+from tests.server.kept import prefix_cache
 from tests.server.support import ROOT, Client, Pair, Request, accept_length, body_of, dflash_args, tiny_args
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -78,6 +79,17 @@ def test_two_halves_say_what_one_server_says(
 ) -> None:
     _, got = Pair(tiny_plain, halves).compare(bodies(**params), batch)
     print(f"accept length {accept_length(got):.2f}")
+
+
+def test_the_next_turn_finds_the_accepted_rows(halves: Halves, tiny_plain: Client) -> None:
+    """The decode server wrote the first turn's keys, the prefill server reads the whole text again."""
+    draw = random.Random(23)
+    for length in range(1, 25):
+        request = Request(tuple(draw.randrange(3, 250) for _ in range(20 + length)), 40)
+        answer = tiny_plain.generate([request], 1, ignore_eos=True)[0]["output_ids"]
+        turns = prefix_cache(halves, tiny_plain, request, answer, length, [draw.randrange(3, 250)] * 3)
+        assert turns.first == answer[:length]
+        assert turns.second == turns.want, length
 
 
 def test_the_drafters_cache_comes_along(halves: Halves, tiny_tree: Client) -> None:

@@ -294,3 +294,17 @@ def test_plain_steps_keep_the_drafter_warm(pair: Pair, tokenizer: Any) -> None:
         assert torch.equal(drafted[other]["ids"][:, 0], drafted["tree"]["ids"][:, 0])
         gap = (drafted[other]["logprobs"] - drafted["tree"]["logprobs"]).abs().max()
         assert float(gap) < 1e-5, other
+
+
+@pytest.mark.slow
+def test_health_while_a_long_prompt_is_read(pair: Pair) -> None:
+    """An orchestrator asks every few seconds and kills what says 503."""
+    prompt = Request(tuple(range(100, 7100)), 2)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(pair.tree.generate, [prompt], 1)
+        answers: list[int] = []
+        while not job.done():
+            answers.append(pair.tree.http.get("/health").status_code)
+        assert job.result()[0]["meta_info"]["prompt_tokens"] == len(prompt.ids)
+    assert len(answers) >= 3, "the prompt was read too fast for this test"
+    assert set(answers) == {200}

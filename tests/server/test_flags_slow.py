@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.server import logit_processors as those
 from tests.server.support import (
     Client,
     Pair,
@@ -37,6 +38,7 @@ def tight(serving: Serving, tiny_pair: tuple[Path, Path], oracle_env: dict[str, 
         *tiny_args(target, *dflash_args(drafter, 24), "--page-size", "1"),
         *("--chunked-prefill-size", "16", "--enable-mixed-chunk", "--enable-priority-scheduling"),
         *("--max-total-tokens", str(TOKENS), "--max-running-requests", str(RUNNING)),
+        "--enable-custom-logit-processor",
     ]
     with serving("tight", args, **oracle_env) as client:
         yield client
@@ -92,6 +94,18 @@ def test_chunks_mixed_batches_and_retraction(
         for entry in meta
     ]
     assert max(undrafted) > 0, "no running request shared a batch with a prefill"
+
+
+@pytest.mark.parametrize("kind", [those.WriteAt, those.WriteAtDeclared])
+def test_processors_in_mixed_batches(kind: type, tight: Client, tiny_plain: Client) -> None:
+    """A prefill chunk beside running requests: these have said more than the host knows yet."""
+    requests = long_requests(10, seed=31, new_tokens=40)
+    bodies = [
+        body_of(request, ignore_eos=True, custom_params={"at": 2 + at}) for at, request in enumerate(requests)
+    ]
+    Pair(tiny_plain, tight).compare(
+        [body | {"custom_logit_processor": kind.to_str()} for body in bodies], 10, at_least=0
+    )
 
 
 def test_no_more_than_the_allowed_number_runs(tight: Client, tiny_plain: Client) -> None:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from safetensors.torch import load_file
 
 from sglang_dflash.client.ports import port_is_free
 from tests import tiny
+from tests.server.kept import Keeper, Turns, left_in_mid_stream, prefix_cache, session, streaming_session
 from tests.server.processes import LONG, all_gone, family, stream
-from tests.server.support import Client, Pair, Request, accept_length, body_of, dflash_args, tiny_args
+from tests.server.support import (
+    PINNED,
+    Client,
+    Pair,
+    Request,
+    accept_length,
+    body_of,
+    dflash_args,
+    tiny_args,
+    visible,
+    with_answer,
+)
+from tests.server.test_scheduling import call, running
 
 pytestmark = pytest.mark.server
 
@@ -28,23 +44,17 @@ def requests_for(count: int, new_tokens: int, seed: int) -> list[Request]:
     ]
 
 
-@pytest.fixture(scope="module", params=[1, 16], ids=lambda page_size: f"page{page_size}")
-def tree(
-    request: pytest.FixtureRequest,
-    tiny_tree: Client,
-    launch: Callable[..., Client],
-    tiny_pair: tuple[Path, Path],
-    oracle_env: dict[str, str],
-) -> Client:
-    """The oracle's right tokens sit beside the spine at every third depth."""
-    if request.param == 1:
-        return tiny_tree
+@pytest.fixture(scope="module")
+def paged(launch: Callable[..., Client], tiny_pair: tuple[Path, Path], oracle_env: dict[str, str]) -> Client:
     target, drafter = tiny_pair
-    return launch(
-        "oracle-16",
-        tiny_args(target, *dflash_args(drafter, 24), "--page-size", "16"),
-        **oracle_env,
-    )
+    more = ["--page-size", "16", "--enable-streaming-session", "--reasoning-parser", "deepseek-r1"]
+    return launch("oracle-16", tiny_args(target, *dflash_args(drafter, 24), *more), **oracle_env)
+
+
+@pytest.fixture(params=[1, 16], ids=lambda page_size: f"page{page_size}")
+def tree(request: pytest.FixtureRequest) -> Client:
+    """The oracle's right tokens sit beside the spine at every third depth."""
+    return request.getfixturevalue("tiny_tree" if request.param == 1 else "paged")
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -54,11 +64,80 @@ def test_off_spine_paths(batch: int, tiny_plain: Client, tree: Client) -> None:
     print(f"accept length {accept_length(got):.2f}")
 
 
+LENGTHS = range(1, 25)
+KEEPERS: dict[str, Keeper] = {
+    "streaming session": streaming_session,
+    "session": session,
+    "prefix cache": prefix_cache,
+    "left in mid-stream": left_in_mid_stream,
+}
+
+
+@pytest.mark.parametrize(
+    ("keeper", "width"), [*((keeper, PINNED) for keeper in KEEPERS), ("streaming session", "random:1")]
+)
+def test_the_next_turn_finds_the_accepted_rows(
+    keeper: str, width: str, tiny_plain: Client, tree: Client
+) -> None:
+    """Whatever keeps a request's cache beyond its end, however many tokens the request had."""
+    draw = random.Random(keeper)
+    requests = requests_for(len(LENGTHS), 40, seed=len(keeper))
+    answers = [reply["output_ids"] for reply in tiny_plain.generate(requests, 4, ignore_eos=True)]
+    more = [tuple(draw.randrange(3, 250) for _ in range(draw.randrange(1, 6))) for _ in requests]
+
+    def turns(row: int) -> Turns:
+        return KEEPERS[keeper](tree, tiny_plain, requests[row], answers[row], LENGTHS[row], more[row])
+
+    with tree.width(width), ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(turns, range(len(requests))))
+    for length, request, answer, turn in zip(LENGTHS, requests, answers, results, strict=True):
+        assert turn.first == answer[: len(turn.first)], length
+        assert turn.second == turn.want, length
+        written = len(request.ids) + len(turn.first) - 1
+        if keeper == "streaming session":
+            assert turn.cached in (written, written + 1)
+        elif keeper != "session":
+            assert turn.cached >= written // 16 * 16, length
+    assert accept_length([turn.reply for turn in results]) > (1.2 if width != PINNED else 2)
+
+
+def test_retracted_again_and_again(tiny_plain: Client, tree: Client) -> None:
+    requests = requests_for(6, 150, seed=12)
+    bodies = [body_of(request, ignore_eos=True) for request in requests]
+    want = tiny_plain.post_all(bodies, 4)
+    told = [with_answer(body, reply["output_ids"]) for body, reply in zip(bodies, want, strict=True)]
+    with running(tree, told) as jobs:
+        while not any(job.done() for job in jobs):
+            call(tree, "/pause_generation", mode="retract")
+            call(tree, "/continue_generation")
+            time.sleep(0.1)
+        got = [job.result() for job in jobs]
+    assert [visible(reply) for reply in got] == [visible(reply) for reply in want]
+    assert min(reply["meta_info"]["num_retractions"] for reply in got) >= 2
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 9])
+def test_reasoning_tokens_end_where_the_answer_ends(limit: int, tiny_plain: Client, paged: Client) -> None:
+    """Nothing closes the reasoning, so all tokens of an answer are of it, and none past it."""
+    requests = requests_for(4, 24, seed=13)
+    answers = [reply["output_ids"] for reply in tiny_plain.generate(requests, 4, ignore_eos=True)]
+    for stop in ({"max_new_tokens": limit}, {"stop_token_ids": "at"}):
+        bodies = []
+        for request, answer in zip(requests, answers, strict=True):
+            params = stop if "max_new_tokens" in stop else {"stop_token_ids": [answer[limit]]}
+            body = body_of(request) | {"require_reasoning": True}
+            body["sampling_params"] |= params
+            bodies.append(with_answer(body, answer))
+        got = [reply["meta_info"] for reply in paged.post_all(bodies, 4)]
+        assert [meta["reasoning_tokens"] for meta in got] == [meta["completion_tokens"] for meta in got]
+
+
 @pytest.fixture(scope="module")
 def narrow(launch: Callable[..., Client], tiny_pair: tuple[Path, Path]) -> Client:
-    """N = B / 2: the draft block writes more slots than the tree."""
+    """N = B / 2: the draft block writes more slots than the tree. It takes prompts as embeddings."""
     target, drafter = tiny_pair
-    return launch("narrow", tiny_args(target, *dflash_args(drafter, BLOCK // 2), "--page-size", "1"))
+    more = ["--page-size", "1", "--disable-radix-cache", "--enable-streaming-session"]
+    return launch("narrow", tiny_args(target, *dflash_args(drafter, BLOCK // 2), *more))
 
 
 def test_budget_below_the_block(tiny_plain: Client, narrow: Client) -> None:
@@ -96,9 +175,63 @@ def test_bad_requests_get_an_http_error_and_the_server_lives(narrow: Client) -> 
     for prompt in (["hello", ""], [[5, 6], [vocab]], [vocab]):
         bad = narrow.http.post("/v1/completions", json={"model": "m", "prompt": prompt, "max_tokens": 4})
         assert bad.status_code == 400, prompt
+    rows = [[0.5] * tiny.TargetSpec().hidden_size] * 3
+    for embeds in (
+        [],
+        [[]],
+        [[0.5] * 10] * 3,
+        [*rows, [0.5]],
+        [[1e39, *rows[0][1:]]],
+        rows * CONTEXT,
+        "text",
+    ):
+        bad = narrow.http.post("/generate", json={"input_embeds": embeds, "sampling_params": {}})
+        assert bad.status_code == 400, embeds
+    for more in (
+        {"session_params": {"id": ["a"]}},
+        {"session_params": {"id": "a", "colour": 1}},
+        {"sampling_params": {"top_k": 2**40}},
+        {"sampling_params": {"stop_regex": "("}},
+        {"return_logprob": True, "top_logprobs_num": 99999},
+        {"positional_embed_overrides": [1]},
+    ):
+        bad = narrow.http.post("/generate", json={"input_ids": [5]} | more)
+        assert bad.status_code == 400, more
     assert narrow.post(input_ids=[5, 6, 7], sampling_params={"temperature": 0, "max_new_tokens": 4})[
         "output_ids"
     ]
+
+
+def test_prompts_as_embeddings(narrow: Client, tiny_plain: Client, tiny_pair: tuple[Path, Path]) -> None:
+    """The model's own embeddings of token ids say what the ids say, also beside requests with ids."""
+    table = load_file(tiny_pair[0] / "model.safetensors")["model.embed_tokens.weight"]
+    requests = requests_for(16, 30, seed=8)
+    want = [reply["output_ids"] for reply in tiny_plain.generate(requests, 4, ignore_eos=True)]
+    bodies = [body_of(request, ignore_eos=True) for request in requests]
+    for body in bodies[::2]:
+        body["input_embeds"] = table[body.pop("input_ids")].tolist()
+    for batch in (1, 8):
+        assert [reply["output_ids"] for reply in narrow.post_all(bodies, batch)] == want
+
+
+def test_turns_that_a_streaming_session_refuses(narrow: Client) -> None:
+    """Two turns at once, in one body and in two, and embeddings: refused, and the session goes on."""
+    for _ in range(3):
+        session = narrow.http.post(
+            "/open_session", json={"capacity_of_str_len": 999, "streaming": True}
+        ).json()
+        turn = body_of(Request((5, 6, 7), 20), ignore_eos=True) | {"session_params": {"id": session}}
+        both = narrow.http.post("/generate", json=turn | {"input_ids": [[5, 6, 7], [8, 9]]})
+        assert both.status_code in (200, 400)
+        with ThreadPoolExecutor(6) as pool:
+            replies = list(pool.map(lambda body: narrow.http.post("/generate", json=body), [turn] * 6))
+        assert {reply.status_code for reply in replies} <= {200, 400}
+        rows = [[0.5] * tiny.TargetSpec().hidden_size] * 3
+        embeds = narrow.http.post("/generate", json=turn | {"input_ids": None, "input_embeds": rows})
+        assert embeds.status_code == 400
+        assert "session" in embeds.json()["error"]["message"]
+        assert len(narrow.post(**turn)["output_ids"]) == 20
+        assert narrow.http.post("/close_session", json={"session_id": session}).status_code == 200
 
 
 def test_a_killed_scheduler_ends_the_server(narrow: Client, tiny_plain: Client) -> None:
