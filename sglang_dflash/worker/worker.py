@@ -222,7 +222,7 @@ class TreeWorker(DFlashWorkerV2):
             return DraftTree.roots(step.anchor), None
         candidates = self.draft(step, batch)
         laps.mark()
-        return self.tree(candidates, step, batch)
+        return self.tree(candidates, step, batch, expect=not self.width.pinned)
 
     def observe(self, result: StepResult) -> None:
         """A step's outcome, once SGLang has it on the host; called by the scheduler, outside the step."""

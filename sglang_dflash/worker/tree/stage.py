@@ -65,9 +65,12 @@ class TreeStage:
         )
 
     def __call__(
-        self, candidates: Candidates, step: Step, batch: object
+        self, candidates: Candidates, step: Step, batch: object, *, expect: bool = True
     ) -> tuple[DraftTree, torch.Tensor | None]:
-        """The tree of the step's width, and what the drafter expects of it (None without ``tiers``)."""
+        """The tree of the step's width, and what the drafter expects of it.
+
+        The latter is None without ``tiers``, and where ``expect`` says that nobody learns from it now.
+        """
         if self.rewrite is not None:
             candidates = self.rewrite(candidates, step, batch)
         good = usable(candidates)
@@ -80,7 +83,7 @@ class TreeStage:
             depth_bonus=None if self.depth_bonus is None else self.depth_bonus[: step.width.depth],
         )
         cut(tree, good)
-        tiers = [t for t in self.tiers if t <= step.width.nodes]
+        tiers = [t for t in self.tiers if t <= step.width.nodes] if expect else []
         if not tiers:
             return tree, None
         sampled = None if step.noise is None or step.sampling is None else step.sampling.top_k > 1
