@@ -203,9 +203,11 @@ class TreeWorker(DFlashWorkerV2):
         self.adjust.logits(batch, verified.logits, step, tree, grammar, grammar_barrier)
         accepted, chosen = self.accept(verified, tree, step, batch)
         self.adjust.logprobs(batch, verified.raw.logits_output, accepted, chosen)
+        laps.mark()
         if on_publish is not None:
             on_publish(accepted.new_lens)
         self.commit(accepted, verified, step)
+        laps.mark()
         self.adjust.remember(batch, step, accepted)
 
         rows, sampled = outcome(tree, accepted), sampled_rows(batch)
