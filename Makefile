@@ -12,14 +12,13 @@ CLI := .venv/bin/sglang-dflash
 STAMP := .venv/.installed
 # What `make serve ARGS="--port 8000"` and the others pass on.
 ARGS ?=
-# Time limit of `make bench`, length of `make soak`, in minutes.
-MINUTES ?= 30
+# MINUTES=... sets the time limit of a benchmark or the length of `make soak`.
 
 export HF_HUB_OFFLINE := 1
 # Where it is set, every server start compiles SGLang's and torch's thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo serve bench soak readme fetch test test-full lint format lock clean
+.PHONY: help install demo serve bench bench-load bench-off soak readme fetch test test-full lint format lock clean
 
 help:  ## what can be made here
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|'
@@ -55,13 +54,23 @@ demo: fetch  ## plain server, then draft trees, same prompts, one table
 serve: fetch  ## an OpenAI-compatible server with draft trees
 	$(CLI) serve $(ARGS)
 
-bench: fetch  ## throughput, latency and accept length at concurrency 1 to 16
+bench: MINUTES ?= 90
+bench: fetch  ## plain, chain, fixed widths and auto at 1 to 32 in flight (90 minutes)
 	$(PY) benchmarks/serving.py --minutes $(MINUTES) $(ARGS)
 
+bench-load: MINUTES ?= 45
+bench-load: fetch  ## the same while the load changes (45 minutes)
+	$(PY) benchmarks/changing_load.py --minutes $(MINUTES) $(ARGS)
+
+bench-off: MINUTES ?= 40
+bench-off: fetch  ## what auto costs where drafting never pays (40 minutes)
+	$(PY) benchmarks/never_pays.py --minutes $(MINUTES) $(ARGS)
+
+soak: MINUTES ?= 30
 soak: fetch  ## everything at once for 30 minutes, every answer compared with plain decoding
 	$(PY) benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
 
-readme:  ## put what make demo and make bench measured into README.md
+readme:  ## put what make demo and the benchmarks measured into README.md and docs/benchmarks.md
 	$(PY) benchmarks/readme.py
 
 # Two processes (lanes: tests/conftest.py) of one thread, as they share two cores with the servers they start.

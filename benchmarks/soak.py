@@ -29,7 +29,7 @@ from pathlib import Path
 import httpx
 import psutil
 from rich.console import Console
-from serving import machine
+from serving_rows import machine
 from soak_load import HOWS, Answer, Task, ask, differences, make_tasks, strangers, until
 
 from sglang_dflash.client.info import read_server_info

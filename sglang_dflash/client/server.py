@@ -100,9 +100,19 @@ class Server:
         self._timeout = timeout
         self._tick = tick
         self._process: subprocess.Popen[bytes] | None = None
+        self._launched = 0.0
         self.start_seconds = 0.0
 
     def __enter__(self) -> Server:
+        self.launch()
+        self.wait()
+        return self
+
+    def launch(self) -> None:
+        """Start the process and return; :meth:`wait` must follow, and :meth:`stop` whatever happens.
+
+        The process ends with the thread that calls this.
+        """
         require_free_port("127.0.0.1", self.port)
         environ = dict(os.environ)
         for name, value in self._env.items():
@@ -113,7 +123,7 @@ class Server:
         keep_compiled(environ)
         places.settle(environ)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        start = time.monotonic()
+        self._launched = time.monotonic()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*LAUNCH, "--host", "127.0.0.1", "--port", str(self.port), *self.args],
@@ -124,6 +134,9 @@ class Server:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
+
+    def wait(self) -> None:
+        """Until the launched server serves; one that does not is stopped, and UserError says why."""
         try:
             ready = wait_ready(self.url, self.alive, self._timeout, self._tick)
         except TimeoutError as error:
@@ -135,8 +148,7 @@ class Server:
         if not ready:
             self.stop()
             raise UserError(f"the server did not start: {cause_of_death(self.output())} (log: {self.log})")
-        self.start_seconds = time.monotonic() - start
-        return self
+        self.start_seconds = time.monotonic() - self._launched
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -48,7 +48,8 @@ class StepResult:
         committed: those that it got; fewer where it ended among them.
         sampled: per request, whether it draws its tokens.
         reach: [2, T, L], what the drafter expected (``worker/tree/reach.py``); None where nobody asked.
-        drafter_seconds, verify_seconds: None where nobody asked for times.
+        seconds: of the drafter, of the target, and of the commit (KV rows moved, features to the drafter's K
+            and V); None where nobody asked for times.
     """
 
     number: int
@@ -58,8 +59,7 @@ class StepResult:
     committed: list[int]
     sampled: list[bool]
     reach: np.ndarray | None
-    drafter_seconds: float | None
-    verify_seconds: float | None
+    seconds: tuple[float, float, float] | None
 
     @property
     def fallbacks(self) -> int:
@@ -102,7 +102,6 @@ class HostReport:
         report, bs = self.device, len(commits)
         values = self.packed.numpy()
         accepted = [0 if commit is None else int(n) for commit, n in zip(commits, values[bs:], strict=False)]
-        drafter_seconds, verify_seconds = report.laps.seconds()
         report.sink.observe(
             StepResult(
                 number=report.number,
@@ -112,7 +111,6 @@ class HostReport:
                 committed=[0 if commit is None else len(commit.token_ids) for commit in commits],
                 sampled=report.sampled,
                 reach=None if report.reach is None else values[2 * bs :].reshape(report.reach.shape),
-                drafter_seconds=drafter_seconds,
-                verify_seconds=verify_seconds,
+                seconds=report.laps.seconds(),
             )
         )

@@ -10,12 +10,11 @@ import time
 
 import torch
 
-START, DRAFTED, BUILT, VERIFIED, DONE = range(5)
+START, DRAFTED, BUILT, VERIFIED, ACCEPTED, COMMITTED, DONE = range(7)
 
 
 class Laps:
-    """The marks of one step; ``mark`` is called at its start and after each of its first three stages, and,
-    where it is rehearsed, at its end.
+    """The marks of one step; ``mark`` is called at its start, after each of its stages, and at its end.
 
     Args:
         device: "cuda..." or "cpu".
@@ -39,11 +38,18 @@ class Laps:
         else:
             self._marks.append(time.perf_counter())
 
-    def seconds(self) -> tuple[float, float] | tuple[None, None]:
-        """Drafter and verify seconds; on CUDA only after the step's results have reached the host."""
+    def seconds(self) -> tuple[float, float, float] | None:
+        """Drafter, verify and commit seconds; on CUDA only after the step's results have reached the host.
+
+        None where they are not measured.
+        """
         if not self._enabled:
-            return None, None
-        return self._between(START, DRAFTED), self._between(BUILT, VERIFIED)
+            return None
+        return (
+            self._between(START, DRAFTED),
+            self._between(BUILT, VERIFIED),
+            self._between(ACCEPTED, COMMITTED),
+        )
 
     def parts(self) -> tuple[float, float, float]:
         """Seconds of the drafter, the target and the rest of a rehearsed step."""

@@ -58,6 +58,9 @@ class Metrics:
         )
         self.drafter_seconds = counter("drafter_seconds", "Seconds of drafter passes, candidates included.")
         self.verify_seconds = counter("verify_seconds", "Seconds of target passes over trees.")
+        self.commit_seconds = counter(
+            "commit_seconds", "Seconds of moving accepted KV rows and of projecting features for the drafter."
+        )
 
     def observe(self, result: StepResult) -> None:
         self.decode_steps.inc()
@@ -73,6 +76,7 @@ class Metrics:
             elif rows > 0:
                 self.off_spine_accepts.inc()
                 self.kv_rows_moved.inc(rows)
-        if result.drafter_seconds is not None and result.verify_seconds is not None:
-            self.drafter_seconds.inc(result.drafter_seconds)
-            self.verify_seconds.inc(result.verify_seconds)
+        if result.seconds is not None:
+            counters = (self.drafter_seconds, self.verify_seconds, self.commit_seconds)
+            for counter, seconds in zip(counters, result.seconds, strict=True):
+                counter.inc(seconds)

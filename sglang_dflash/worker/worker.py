@@ -220,9 +220,11 @@ class TreeWorker(DFlashWorkerV2):
         walk = self.adjust.logits(batch, verified.logits, step, tree, grammar, grammar_barrier)
         accepted, chosen = self.accept(verified, walk, step, batch)
         self.adjust.logprobs(batch, verified.raw.logits_output, accepted, chosen)
+        laps.mark()
         if on_publish is not None:
             on_publish(accepted.new_lens)
         self.commit(accepted, verified, step)
+        laps.mark()
         self.adjust.remember(batch, step, accepted)
         if recalled is not None and self.recall is not None:
             self.recall.learn(recalled, accepted)
@@ -247,7 +249,8 @@ class TreeWorker(DFlashWorkerV2):
         recalled = None
         if self.recall is not None:
             recalled = self.recall(self.adjust.history(), batch.req_pool_indices, step, candidates)
-        tree, reach = self.tree(candidates, step, None if recalled is None else recalled.chain)
+        chain = None if recalled is None else recalled.chain
+        tree, reach = self.tree(candidates, step, chain, expect=not self.width.pinned)
         return tree, recalled, reach
 
     def observe(self, result: StepResult) -> None:

@@ -132,7 +132,12 @@ def test_a_file_sets_the_width_while_serving(tmp_path: Path) -> None:
         os.utime(file, ns=(0, tick))
         stage.begin(1, 0.0)
         assert stage.now == want, text
+        # Another setting's steps teach auto nothing, and nothing is computed for it meanwhile.
+        assert stage.pinned
+        assert stage.learner is None
     file.write_text("auto")
     os.utime(file, ns=(0, 1))
     stage.begin(1, 0.0)
     assert controlled.learning
+    assert stage.learner is auto
+    assert not stage.pinned

@@ -68,9 +68,12 @@ class TreeStage:
         return candidates if self.rewrite is None else self.rewrite(candidates, step, batch)
 
     def __call__(
-        self, candidates: Candidates, step: Step, chain: Chain | None = None
+        self, candidates: Candidates, step: Step, chain: Chain | None = None, *, expect: bool = True
     ) -> tuple[DraftTree, torch.Tensor | None]:
-        """The tree of the step's width, and what is expected of it (None without ``tiers``)."""
+        """The tree of the step's width, and what is expected of it.
+
+        The latter is None without ``tiers``, and where ``expect`` says that nobody learns from it now.
+        """
         good = usable(candidates)
         candidates = silence(candidates, good)
         tree = build_tree(
@@ -82,7 +85,7 @@ class TreeStage:
             chain=chain,
         )
         cut(tree, good)
-        tiers = [t for t in self.tiers if t <= step.width.nodes]
+        tiers = [t for t in self.tiers if t <= step.width.nodes] if expect else []
         if not tiers:
             return tree, None
         sampled = None if step.noise is None or step.sampling is None else step.sampling.top_k > 1

@@ -262,7 +262,12 @@ class WidthPolicy:
         return self.candidates[best]
 
     def why(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"policy": "auto", "steps": _shares(self._counts), "probes": self._probes}
+        out: dict[str, Any] = {
+            "policy": "auto",
+            "steps": _shares(self._counts),
+            "rounds": self._counts.total(),
+            "probes": self._probes,
+        }
         if self._load is None:
             return out | {"width": None}
         choice = self._choices[self._load]

@@ -60,9 +60,17 @@ class WidthStage:
 
     @property
     def learner(self) -> WidthPolicy | None:
-        """The policy, where it is one that learns."""
+        """The policy, where it is one that learns; None while another setting is in force: what that one's
+        steps show would be knowledge that a server with ``auto`` alone has not."""
+        if self.pinned:
+            return None
         policy = self.policy.auto if isinstance(self.policy, ControlledWidth) else self.policy
         return policy if isinstance(policy, WidthPolicy) else None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a control file holds another setting than ``auto``."""
+        return isinstance(self.policy, ControlledWidth) and not self.policy.learning
 
     def begin(self, requests: int, sampled_share: float) -> None:
         """A scheduling round begins: choose."""
