@@ -119,7 +119,7 @@ def test_random_lattices(backend):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_thousand_random_lattices(backend):
-    loop(backend, 1000 if interpreting() else 10_000)
+    loop(backend, 500 if interpreting() else 10_000)
 
 
 @pytest.mark.parametrize(("N", "edged"), [(33, False), (128, True)])
@@ -142,6 +142,20 @@ def test_a_chain_that_is_over_changes_nothing(backend):
         case = lattice(rng, bs=2, L=5, K=4, N=8, D=None, edged=edged)
         over = torch.tensor([[float("-inf"), 0.0, 0.0], [float("nan"), 0.0, 0.0]])
         assert_same(run(backend, case), run(backend, case, chain=Chain(case["topk_ids"][:, :3, 0], over)))
+
+
+def test_inputs_that_are_slices(backend):
+    """Of wider buffers, and of other types than the kernels read."""
+    case = lattice(random.Random(SEED), bs=2, L=4, K=3, N=12, D=6, edged=True)
+    wide = {
+        "topk_ids": torch.nn.functional.pad(case["topk_ids"], (2, 1, 1, 0))[:, 1:, 2:-1],
+        "edges": torch.nn.functional.pad(case["edges"], (1, 2, 0, 3))[:, :, :3, 1:4],
+        "chain": Chain(
+            torch.nn.functional.pad(case["chain"].ids.int(), (3, 2))[:, 3:-2],
+            torch.nn.functional.pad(case["chain"].logprobs.double(), (1, 4))[:, 1:-4],
+        ),
+    }
+    assert_same(run(backend, case), run(backend, {**case, **wide}))
 
 
 def one(tokens: list[list[int]], probs: list[list[float]], N: int, **more) -> dict:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 import torch
 from conftest import SEED
 from dflash_kernels import Recalled, recall
 from dflash_kernels._dispatch import interpreting
+from dflash_kernels.recall.reference import recall_torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_oracles import recalled
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def find(backend, texts: list[list[int]], *, garbage: int = 0, room: int = 5, **numbers) -> Recalled:
@@ -145,22 +146,45 @@ def test_a_strided_history(backend):
         assert found.ids.tolist() == [[3, 1], [5, 6]]
 
 
-@pytest.mark.skipif(interpreting(), reason="the interpreter's time says nothing")
-def test_bounded_on_a_text_of_one_token(backend):
-    """131,072 tokens that all match everywhere: no worse than a text whose end stands nowhere else."""
-    length = 131_072
+class Work(TorchDispatchMode):
+    """Counts operations and the elements they write."""
 
-    def seconds(text: list[int]) -> float:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            found = find(backend, [text], count=32, max_match=32, min_match=3)
-            times.append(time.perf_counter() - start)
-        assert int(found.matched[0]) in (0, 32)
-        return min(times)
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.elements = 0
 
-    other = list(range(length))
-    assert seconds([4] * length) < 5 * seconds(other) + 0.2
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.calls += 1
+        self.elements += made.numel() if isinstance(made, torch.Tensor) else 0
+        return made
+
+
+def test_work_is_bounded_by_the_texts_length():
+    """131,072 tokens that all match everywhere; half of them; and an end that stands nowhere else."""
+    length, passes = 131_072, 32
+    for text, matched in (
+        ([4] * length, passes),
+        ([4, 5] * (length // 2), passes),
+        ([4] * (length - 1) + [5], 0),
+        (list(range(length)), 0),
+    ):
+        history = torch.tensor([text], dtype=torch.int32)
+        with Work() as work:
+            found = recall_torch(
+                history, torch.tensor([0]), torch.tensor([length]),
+                count=32, longest=length, min_match=3, max_match=passes,
+            )  # fmt: skip
+        assert found.matched.tolist() == [matched]
+        assert work.calls < 20 * passes
+        assert work.elements < 10 * passes * length
+
+
+@pytest.mark.skipif(interpreting(), reason="the interpreter takes minutes")
+def test_a_long_text_of_one_token(backend):
+    found = find(backend, [[4] * 131_072, [4] * 131_071 + [5]], count=40, max_match=32)
+    assert found.matched.tolist() == [32, 0]
+    assert found.ids.tolist() == [[4] * 40, [0] * 40]
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,8 @@ def build_tree_triton(
     from dflash_kernels.tree_build.lattice_kernel import build_lattice_kernel
 
     rows = logprobs if edges is None else _rows(edges.float())
-    chain_ids, chain_logprobs = (ids, logprobs) if chain is None else (_rows(t) for t in chain)
+    chain_ids = ids if chain is None else _rows(chain.ids.long())
+    chain_logprobs = logprobs if chain is None else _rows(chain.logprobs.float())
     D = 0 if chain is None else min(chain_ids.shape[1], num_nodes - 1)
     build_lattice_kernel[(bs,)](
         anchor.long(),
@@ -255,8 +256,8 @@ def build_tree_triton(
         ids,
         bonus,
         rows,
-        chain_ids.long(),
-        chain_logprobs.float(),
+        chain_ids,
+        chain_logprobs,
         *fields,
         *strides,
         rows.stride(0),

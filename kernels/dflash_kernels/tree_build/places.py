@@ -50,6 +50,7 @@ class Layout:
 
     Attributes:
         place, rank: int64 [sum of C], the levels' children one after the other.
+        entry: int64 [sum of C], depth of the parent times K plus rank.
         first_child: int64 [F], where the children laid out for the node's depth begin in there.
         first_above: int64 [F], the first node of the depth above; -1 for the root.
         above: int64 [F], depth - 1.
@@ -59,6 +60,7 @@ class Layout:
     levels: tuple[Level, ...]
     place: torch.Tensor
     rank: torch.Tensor
+    entry: torch.Tensor
     first_child: torch.Tensor
     first_above: torch.Tensor
     above: torch.Tensor
@@ -89,6 +91,7 @@ def lay_places(
     levels: list[Level] = []
     places: list[int] = []
     ranks: list[int] = []
+    entries: list[int] = []
     first_child: list[int] = []
     first_above: list[int] = []
     above: list[int] = []
@@ -104,6 +107,7 @@ def lay_places(
         above += [depth] * width
         places += [p for p, _ in pairs]
         ranks += [k for _, k in pairs]
+        entries += [depth * K + k for _, k in pairs]
         at: list[tuple[int, int]] = []
         if chain:
             index = {pair: i for i, pair in enumerate(pairs)}
@@ -129,6 +133,7 @@ def lay_places(
         levels=tuple(levels),
         place=tensor(places),
         rank=tensor(ranks),
+        entry=tensor(entries),
         first_child=tensor(first_child),
         first_above=tensor(first_above),
         above=depths,

@@ -90,12 +90,12 @@ def _search(logprobs: torch.Tensor, bonus: torch.Tensor | None, W: int) -> Nodes
     """The best nodes of each depth where all parents rank the same children."""
     bs, L, K = logprobs.shape
     layout = lay_places(W, L, K, logprobs.device)
-    gain = gain_of(logprobs, bonus).cummin(dim=2).values
+    gain = gain_of(logprobs, bonus).cummin(dim=2).values.flatten(1).index_select(1, layout.entry)
     score = gain.new_zeros(bs, 1)
     scores, picks = [score[:, :0]], [layout.rank.new_empty(bs, 0)]
-    for d, level in enumerate(layout.levels):
-        child = score.index_select(1, level.place) + gain[:, d].index_select(1, level.column)
-        score, pick = best_first(child, level.width)
+    counts = [level.count for level in layout.levels]
+    for level, gains in zip(layout.levels, gain.split(counts, 1), strict=True):
+        score, pick = best_first(score.index_select(1, level.place) + gains, level.width)
         scores.append(score)
         picks.append(pick)
     child = torch.cat(picks, 1) + layout.first_child
