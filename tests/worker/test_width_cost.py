@@ -296,3 +296,46 @@ def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path, caplo
     monkeypatch.setenv("SGLANG_DFLASH_CACHE", str(tmp_path / "file"))
     assert cost.save(table(), PRINT) is None
     assert len(caplog.records) == 1
+
+
+def test_a_price_far_from_every_measured_one_is_doubted_more():
+    t = table()
+    near, far = (t.doubts([W], PLAIN, r, LENGTH)[0] for r in (16, 512))
+    assert far > 1.5 * near
+    # Rows that were never measured at all, too; and a step served settles it.
+    lone = CostTable([Cell(what="target", rows=n, requests=1, length=256, ms=50) for n in (1, 2)])
+    assert (
+        lone.doubts([Width(32, 2)], PLAIN, 1, LENGTH)[0] > 2 * lone.doubts([Width(2, 2)], PLAIN, 1, LENGTH)[0]
+    )
+    before = lone.doubts([Width(32, 2)], PLAIN, 1, LENGTH)[0]
+    for i in range(40):
+        lone.observe((PLAIN, Width(32, 2))[i % 2], 1, LENGTH, (50.0, 150.0)[i % 2])
+    assert lone.doubts([Width(32, 2)], PLAIN, 1, LENGTH)[0] < 0.2 * before
+
+
+def test_what_decides_whether_to_draft_is_measured_first():
+    first = plan(Width(32, 6), 64, 8192)[:15]
+    for requests in (1, 4, 16):
+        assert {c.rows for c in first if c.what == "target" and c.requests == requests} >= {1, 2}
+        assert {c.rows for c in first if c.what == "draft" and c.requests == requests} == {2, 6}
+
+
+def test_a_width_measured_too_dear_is_found_out_by_a_few_steps_of_it():
+    """The width in force is long known only together with the machine's speed."""
+    t = table()
+    rng = random.Random(1)
+
+    def serve(width: Width, wrong: float) -> None:
+        t.observe(width, 1, LENGTH, wrong * step_ms(width, 1) * math.exp(rng.gauss(0, 0.05)))
+
+    for _ in range(1000):
+        serve(Width(16, 6), 1.15)  # dearer than its table says, with nothing to compare
+    for _ in range(25):
+        serve(W, 1.0)
+        for _ in range(10):
+            serve(Width(16, 6), 1.15)
+    true = 1.15 * step_ms(Width(16, 6), 1) / step_ms(W, 1)
+    assert t.ms(Width(16, 6), 1, LENGTH) / t.ms(W, 1, LENGTH) == pytest.approx(true, rel=0.05)
+    # Against widths that were never tried, the one in force is dearer by now too, at least in part.
+    untried = t.ms(Width(16, 6), 1, LENGTH) / t.ms(Width(4, 3), 1, LENGTH)
+    assert untried > 1.04 * step_ms(Width(16, 6), 1) / step_ms(Width(4, 3), 1)
