@@ -181,6 +181,8 @@ def plot(results: Results, title: str, path: Path) -> None:
         right.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         right.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     for axes in (left, right):
+        # Limits first: an axis with nothing on it has none of its own that a logarithm could take.
+        axes.set_xlim(0.8 * min(results.levels), 1.25 * max(results.levels))
         axes.set_xscale("log", base=2)
         axes.set_xticks(results.levels, [str(level) for level in results.levels])
         axes.set_xlabel("requests in flight")

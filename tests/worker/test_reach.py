@@ -50,7 +50,9 @@ def test_reach_is_the_sum_over_each_smaller_tree(nodes: int) -> None:
 def test_padding_and_impossible_candidates_count_nothing() -> None:
     candidates = drafted(1, 2, 2, seed=0)
     candidates.logprobs[0, :, 1] = float("-inf")
-    tree = build_tree(torch.tensor([99]), candidates.logprobs, candidates.ids, num_nodes=8)
+    # The anchor's own token is a candidate: padding nodes carry it.
+    anchor = candidates.ids[0, :1, 0].clone()
+    tree = build_tree(anchor, candidates.logprobs, candidates.ids, num_nodes=8)
     first, second = candidates.logprobs[0, :, 0].exp().tolist()
     got = reach(tree, candidates, [1, 2, 8], None)
     assert got[0].tolist() == [

@@ -35,8 +35,10 @@ def reach(
     logprobs = candidates.logprobs.gather(1, at).clamp(min=_NEVER).masked_fill(~mine, 0.0).sum(2)
     logprobs[:, 0] = 0.0
     paths = ancestor_mask(tree.ancestors, nodes).float() @ logprobs[:, :, None]
-    chance = paths[:, :, 0].exp() * mine.any(2)
-    chance[:, 0] = 0.0  # the root is the target's own
+    # The root is the target's own; a node that nothing links to is padding, whatever its token.
+    links = torch.cat([tree.first_child, tree.next_sibling], 1).long()
+    linked = torch.zeros((bs, nodes + 1), device=links.device).scatter_(1, links.remainder(nodes + 1), 1.0)
+    chance = paths[:, :, 0].exp() * mine.any(2) * linked[:, :nodes]
     chance, order = chance.sort(dim=1, descending=True, stable=True)
     depth = tree.depth.gather(1, order)
     level = torch.arange(1, depths + 1, device=depth.device)
