@@ -271,6 +271,9 @@ def stop_at_root(tree: DraftTree, rows: Sequence[int]) -> DraftTree:
     """The tree, for the walk alone: the requests of ``rows`` commit one token."""
     if not rows:
         return tree
-    first_child = tree.first_child.clone()
-    first_child[torch.tensor(rows, device=first_child.device), 0] = -1
-    return DraftTree(tree.tokens, tree.parents, tree.depth, first_child, tree.next_sibling, tree.ancestors)
+    at = torch.tensor(rows, device=tree.tokens.device)
+    # Both kinds of links: the root's later children hang on its first one.
+    first_child, next_sibling = (
+        links.index_fill(0, at, -1) for links in (tree.first_child, tree.next_sibling)
+    )
+    return DraftTree(tree.tokens, tree.parents, tree.depth, first_child, next_sibling, tree.ancestors)

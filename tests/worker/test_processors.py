@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dflash_kernels import DraftTree, accept_tree, build_tree
+from dflash_kernels import accept_tree, build_tree
 
 from sglang_dflash.step.history import TokenHistory
 from sglang_dflash.upstream.processors import Processors, Reading, reading_of, shown, stop_at_root, texts_of
@@ -170,15 +170,19 @@ def test_a_request_without_parameters_is_left_to_the_processor() -> None:
     assert torch.equal(logits, rig.logits)
 
 
-def test_a_request_that_must_stay_commits_its_roots_token() -> None:
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_request_that_must_stay_commits_its_roots_token(rank: int) -> None:
+    """Whichever of the root's children carries that token."""
     rig = Rig(5, 24, 0, {})
-    target = rig.tree.tokens.gather(1, rig.tree.first_child.clamp(min=0).long())  # every walk goes down
+    first = rig.tree.first_child[:, :1].long()
+    for _ in range(rank):
+        first = rig.tree.next_sibling.gather(1, first).long()
+    target = rig.tree.tokens.gather(1, first).expand(-1, rig.tree.num_nodes).contiguous()
     free = accept_tree(rig.tree, target, rig.prefix_lens, max_depth=DEPTH)
     held = accept_tree(stop_at_root(rig.tree, [1]), target, rig.prefix_lens, max_depth=DEPTH)
     assert free.accept_lens.min() > 1
     assert held.accept_lens.tolist() == [int(free.accept_lens[0]), 1, int(free.accept_lens[2])]
     assert held.bonus[1] == target[1, 0]
-    assert isinstance(rig.tree, DraftTree)
     assert rig.tree.first_child[1, 0] >= 0, "the tree itself is as it was"
 
 
