@@ -7,6 +7,9 @@ is most of the time: over the 121 products of SmolLM2-135M in bfloat16 on one AV
 The packed product is also row-invariant: a row's result has the same bits whatever the
 number of rows (measured for 1 to 128 rows; one row alone takes another kernel in float32
 for some shapes, and a slower one in bfloat16, so fewer than ``MIN_ROWS`` are padded).
+Not on every processor: with AMX a wide layer's bfloat16 product of 33 rows and more takes another
+kernel than that of 32. So each shape is tried when it is packed (`invariant_rows`), and products of more
+rows than keep their bits are computed in parts.
 
 A CPU without bfloat16 instructions emulates them: on a 2.5 GHz Xeon with AVX-512 only, 22 GFLOP/s
 against 72 in float32 (32 rows). There 16-bit weights are packed as float32, the sums are float32 as
@@ -27,6 +30,9 @@ logger = logging.getLogger(__name__)
 MIN_ROWS = 4
 #: Rows that the blocked layout is chosen for.
 _HINT_ROWS = 16
+#: Numbers of rows that a shape is tried with.
+_TRIED_ROWS = (5, 8, 12, 16, 17, 24, 32, 33, 48, 64, 96, 128, 192, 256)
+_COMPARED_ROWS = 64
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -46,14 +52,51 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
     return torch.ops.mkldnn._reorder_linear_weight(plain, _HINT_ROWS)
 
 
-def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``. x: ``[..., in]``; returns ``[..., out]`` in x's dtype."""
+_most_rows: dict[tuple[int, int, torch.dtype, int], int | None] = {}
+
+
+def invariant_rows(packed: torch.Tensor, out: int, width: int) -> int | None:
+    """The most rows that one product may have and keep every row's bits; None for any number.
+
+    Which kernel oneDNN takes depends on shapes, dtype and processor, so a shape is tried once.
+
+    Args:
+        packed: a weight ``[out, width]`` in the blocked layout.
+    """
+    key = (out, width, packed.dtype, torch.get_num_threads())
+    if key not in _most_rows:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(_TRIED_ROWS[-1], width, generator=generator).to(packed.dtype)
+        # Few outputs round differently where the sums do, so many rows are compared.
+        base = torch.cat([packed_linear(part, packed) for part in x[:_COMPARED_ROWS].split(MIN_ROWS)])
+
+        def same(rows: int) -> bool:
+            compared = min(rows, _COMPARED_ROWS)
+            return torch.equal(packed_linear(x[:rows], packed)[:compared], base[:compared])
+
+        kept = [rows for rows in _TRIED_ROWS if same(rows)]
+        lost = [rows for rows in _TRIED_ROWS if rows not in kept]
+        most = max((rows for rows in kept if not lost or rows < lost[0]), default=MIN_ROWS)
+        # Kernels change at powers of two; a row or two more can agree by chance.
+        _most_rows[key] = 1 << (most.bit_length() - 1) if lost else None
+    return _most_rows[key]
+
+
+def packed_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None, most: int | None = None
+) -> torch.Tensor:
+    """``x @ weight.T + bias``. x: ``[..., in]``; returns ``[..., out]`` in x's dtype.
+
+    ``most`` is the greatest number of rows of one product (`invariant_rows`).
+    """
     rows = x.shape[0]
     if x.dim() != 2:
-        return packed_linear(x.reshape(-1, x.shape[-1]), packed, bias).view(*x.shape[:-1], -1)
+        return packed_linear(x.reshape(-1, x.shape[-1]), packed, bias, most).view(*x.shape[:-1], -1)
     if x.dtype != packed.dtype:
         wide = None if bias is None else bias.to(packed.dtype)
-        return packed_linear(x.to(packed.dtype), packed, wide).to(x.dtype)
+        return packed_linear(x.to(packed.dtype), packed, wide, most).to(x.dtype)
+    if most is not None and rows > most:
+        return torch.cat([packed_linear(part, packed, bias) for part in x.split(most)])
     if rows < MIN_ROWS:
         x = torch.constant_pad_nd(x, (0, 0, 0, MIN_ROWS - rows))
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")[:rows]
@@ -63,27 +106,27 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
 class PackedLinearMethod(UnquantizedLinearMethod):
     """SGLang's unquantized linear method over a packed copy of the layer's weight."""
 
-    def __init__(self, packed: torch.Tensor) -> None:
+    def __init__(self, packed: torch.Tensor, most: int | None = None) -> None:
         super().__init__()
-        self.packed = packed
+        self.packed, self.most = packed, most
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return packed_linear(x, self.packed, bias)
+        return packed_linear(x, self.packed, bias, self.most)
 
 
 class PackedHeadMethod(UnquantizedEmbeddingMethod):
     """The same for a logits head; looking up an embedding still reads the plain weight."""
 
-    def __init__(self, packed: torch.Tensor) -> None:
+    def __init__(self, packed: torch.Tensor, most: int | None = None) -> None:
         super().__init__()
-        self.packed = packed
+        self.packed, self.most = packed, most
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return packed_linear(x.to(layer.weight.dtype), self.packed, bias)
+        return packed_linear(x.to(layer.weight.dtype), self.packed, bias, self.most)
 
 
 def head_logits(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -112,10 +155,14 @@ def pack_model(model: torch.nn.Module) -> int:
             size / 2**30,
         )
         return 0
-    for module, method in targets:
-        packed = pack(module.weight)
-        if packed is not None:
-            module.quant_method = method(packed)
+    packed = [(module, method, pack(module.weight)) for module, method in targets]
+    found = [invariant_rows(p, *module.weight.shape) for module, _, p in packed if p is not None]
+    # One layer's loss is every layer's: where sums differ only few outputs round differently, and a narrow
+    # layer's trial can miss them.
+    most = min((rows for rows in found if rows is not None), default=None)
+    for module, method, weight in packed:
+        if weight is not None:
+            module.quant_method = method(weight, most)
     logger.info("CPU platform: packed %.0f MiB of weights for oneDNN.", size / 2**20)
     return size
 
