@@ -130,7 +130,8 @@ def test_accept_lengths_by_width_reach_the_drafters_config(tmp_path):
     assert 1 < found["2x2"] < found["16x2"] < found["16x6"] < 6
     assert found["16x2"] <= 2
     section = {"mask_token_id": 3, "target_layer_ids": [0]}
-    config = {"hidden_size": 8, "num_hidden_layers": 1, "dflash_config": section}
+    config = {"architectures": ["DFlashDraftModel"], "hidden_size": 8, "num_hidden_layers": 1}
+    config["dflash_config"] = section
     (tmp_path / "config.json").write_text(json.dumps(config))
     calibrate.store_accept(tmp_path, found, {})
     read = read_config(tmp_path).dflash_config
