@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -12,6 +13,19 @@ from sglang_dflash.client import memory
 # The tests share two cores with the servers they start: how long one example takes says nothing.
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
+
+
+@pytest.fixture(autouse=True)
+def _our_loggers_speak() -> None:
+    """Code under test configures logging, which can silence what a later test listens to."""
+    logging.disable(logging.NOTSET)
+    root = logging.getLogger()
+    root.setLevel(min(root.level, logging.WARNING))
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("sglang_dflash") and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
+
 
 #: Files in tests/server that start servers of their own and use no session-wide one. They run one after
 #: the other: two servers of the embedded pair take 8 GB.
