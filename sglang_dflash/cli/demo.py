@@ -106,15 +106,11 @@ def start_both(plan: Plan, stack: ExitStack, progress: Progress) -> dict[Mode, S
     }
     for server in servers.values():
         stack.callback(server.stop)
-    with ThreadPoolExecutor(len(modes)) as pool:
-        try:
-            for job in [pool.submit(server.__enter__) for server in servers.values()]:
-                job.result()
-        except BaseException:
-            # One failed, or Ctrl-C: nobody waits for the other.
-            for server in servers.values():
-                server.stop()
-            raise
+    # From this thread: a server ends with the thread that launched it.
+    for server in servers.values():
+        server.launch()
+    for server in servers.values():
+        server.wait()
     progress.remove_task(task)
     return servers
 
