@@ -7,15 +7,14 @@ under TRITON_INTERPRET=1, where the Triton kernels are tested instead. With a CU
 from __future__ import annotations
 
 import os
-import random
 from dataclasses import dataclass
 
 import pytest
 import torch
 from dflash_kernels._dispatch import interpreting
 from hypothesis import HealthCheck, settings
+from kernel_seed import SEED
 
-SEED = int(os.environ.get("DFLASH_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["DFLASH_TEST_SEED"] = str(SEED)  # for the interpreter's process
 settings.register_profile(
     "kernels",

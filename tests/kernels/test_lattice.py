@@ -7,11 +7,11 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import SEED
 from dflash_kernels import Chain, DraftTree, build_tree
 from dflash_kernels._dispatch import interpreting
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_seed import SEED
 from kernel_trees import assert_equal_to_heap, candidates, to_device
 
 HOLES = [float("nan"), float("-inf"), float("inf"), 0.0]

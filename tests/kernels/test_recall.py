@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
-from conftest import SEED
 from dflash_kernels import Recalled, recall
 from dflash_kernels._dispatch import interpreting
 from dflash_kernels.recall.reference import recall_torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_oracles import recalled
+from kernel_seed import SEED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
