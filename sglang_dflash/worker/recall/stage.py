@@ -58,6 +58,7 @@ class RecallStage:
         first = torch.tensor(FIRST, device=device).expand(shape)
         self.tried = torch.full(shape, WORTH, device=device).flatten()
         self.right = (WORTH * first).flatten()
+        self._first_right = self.right.clone()
         self._matches = torch.tensor(MATCHES, device=device)
         self._depths = torch.tensor(DEPTHS, device=device)
         self._strides = [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3]]
@@ -119,12 +120,10 @@ class RecallStage:
         right = said == ids
         before = torch.cat([right.new_ones(len(ids), 1), right[:, :-1]], 1).long().cumprod(1).bool()
         judged = before & (place < accepted.accept_lens[:, None]) & recalled.found[:, None]
-        prior = self._prior()
-        for counts, first, happened in ((self.tried, WORTH, judged), (self.right, prior, judged & right)):
+        for counts, first, happened in (
+            (self.tried, WORTH, judged),
+            (self.right, self._first_right, judged & right),
+        ):
             # Fade towards the first guess, never below it.
             counts.sub_(first).mul_(FADE).add_(first)
             counts.index_add_(0, recalled.cells.flatten(), happened.flatten().to(counts.dtype))
-
-    def _prior(self) -> torch.Tensor:
-        first = torch.tensor(FIRST, device=self.right.device) * WORTH
-        return first.repeat(len(self.right) // len(FIRST))

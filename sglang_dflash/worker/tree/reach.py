@@ -43,10 +43,9 @@ def reach(
     depth = tree.depth.gather(1, order)
     level = torch.arange(1, depths + 1, device=depth.device)
     total = (chance[:, :, None] * (depth[:, :, None] == level)).cumsum(1)
-    # A tree of t nodes has t - 1 below its root.
-    picks = torch.tensor([max(t - 2, 0) for t in tiers], device=depth.device)
-    drafted = torch.tensor([float(t > 1) for t in tiers], device=depth.device)
-    by_tier = total[:, picks] * drafted[:, None]
+    # A tree of t nodes has t - 1 below its root. Slices: an index made here would be copied to the device.
+    nothing = torch.zeros_like(total[:, 0])
+    by_tier = torch.stack([total[:, t - 2] if t > 1 else nothing for t in tiers], 1)
     share = torch.zeros(bs, device=depth.device) if sampled is None else sampled.float()
     classes = torch.stack([1.0 - share, share])
     return (classes @ by_tier.reshape(bs, -1)).view(2, len(tiers), depths)
