@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import triton
-from dflash_kernels import KVCompactor, accept_tree, build_tree, draft_topk
+from dflash_kernels import Chain, KVCompactor, accept_tree, build_tree, draft_topk, recall
 from kernel_model import predict
 from kernel_rivals import LLAMA, QWEN_MOE, RIVALS, Heads, Problem, UnavailableError, draft_tree
 from rich.console import Console
@@ -137,7 +137,20 @@ def step_rows(batches: list[int], nodes: list[int], layers: int, device: str) ->
         slots = torch.randperm(bs * N, device=device).view(bs, N)
         spine = torch.arange(positions + 1, dtype=torch.int32, device=device).expand(bs, -1).contiguous()
         full = torch.full((bs,), positions + 1, dtype=torch.int32, device=device)
+        edges = torch.randn(bs, positions, candidates, candidates, device=device).log_softmax(-1)
+        chain = Chain(tree.tokens, torch.full_like(tree.tokens, -1, dtype=torch.float32))
+        text = torch.randint(0, 500, (bs, 8192), dtype=torch.int32, device=device)
+        rows, ends = torch.arange(bs, device=device), torch.full((bs,), 8192, device=device)
         calls = {
+            "build, chain": lambda a=anchor, t=top, n=N, c=chain: build_tree(
+                a, t.values, t.indices, num_nodes=n, chain=c
+            ),
+            "build, edges": lambda a=anchor, t=top, n=N, e=edges: build_tree(
+                a, t.values, t.indices, num_nodes=n, edges=e
+            ),
+            "recall, 8k tokens": lambda t=text, r=rows, e=ends, n=N: recall(
+                t, r, e, count=n - 1, longest=8192
+            ),
             "build": lambda a=anchor, t=top, n=N: build_tree(a, t.values, t.indices, num_nodes=n),
             "accept": lambda t=tree, g=target, p=lens: accept_tree(t, g, p, max_depth=positions),
             "compact, spine": lambda c=compact, s=slots, p=spine, f=full: c(s, p, f),
