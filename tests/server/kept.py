@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.server.support import Client, Request, body_of, with_answer
+from tests.server.watch import load, until
 
 NEXT = 12
 
@@ -77,7 +78,11 @@ def prefix_cache(
 def left_in_mid_stream(
     tree: Client, plain: Client, request: Request, answer: list[int], length: int, more: Sequence[int]
 ) -> Turns:
-    """The client goes once it has at least ``length`` tokens, and comes back with them."""
+    """The client goes once it has at least ``length`` tokens, and comes back with them.
+
+    It comes back when the server has noticed, so run these one at a time: before that the cache holds
+    the prompt alone.
+    """
     body = with_answer(body_of(request, ignore_eos=True), answer) | {"stream": True}
     count = 0
     with tree.http.stream("POST", "/generate", json=body) as reply:
@@ -86,4 +91,5 @@ def left_in_mid_stream(
                 count = json.loads(line[6:])["meta_info"]["completion_tokens"]
             if count >= length:
                 break
+    until(lambda: load(tree)["num_running_reqs"] == 0)
     return _finish(tree, plain, [*request.ids, *answer[:count], *more], answer[:count], None)

@@ -22,7 +22,7 @@ from tests.server.support import (
     visible,
     with_answer,
 )
-from tests.server.test_scheduling import load, running, until
+from tests.server.watch import load, running, until
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
