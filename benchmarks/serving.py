@@ -38,11 +38,24 @@ from sglang_dflash.models.prompts import prompts_file
 LEVELS = (1, 2, 4, 8, 16, 32)
 _WARM_UP_TOKENS = 4
 _WARM_UP_REQUESTS = 8
+#: A cell has so many times as many prompts as are in flight.
+_WAVES = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    prompt: Prompt
+    max_tokens: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: ``least`` prompts a cell, or as many as are in flight where that is more."""
+    """What is measured.
+
+    Attributes:
+        least: jobs of a cell, or three times as many as are in flight where that is more.
+        max_tokens: of a reply, on average; each has half of that to half as much again.
+    """
 
     common: Common
     levels: list[int]
@@ -56,17 +69,24 @@ class Plan:
 
     @property
     def title(self) -> str:
-        return f"{self.common.pair.model.name}, greedy, {self.max_tokens} tokens a reply"
+        low, high = span(self.max_tokens)
+        return f"{self.common.pair.model.name}, greedy, {low} to {high} tokens a reply"
 
 
 @dataclass(frozen=True)
 class Group:
-    """One round of one load: every method once, all with the same prompts."""
+    """One round of one load: every method once, all with the same jobs."""
 
     round: int
     level: int
     methods: list[str]
-    prompts: list[Prompt]
+    jobs: list[Job]
+
+
+def span(max_tokens: int) -> tuple[int, int]:
+    """Least and greatest length of a reply. Replies of one length would end, and their successors be read,
+    all at once in plain decoding and one by one with drafts: no load that people have."""
+    return max(1, max_tokens // 2), max_tokens + max_tokens // 2
 
 
 def mixed(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -83,10 +103,11 @@ def groups(plan: Plan) -> Iterator[Group]:
     for number in range(plan.common.rounds):
         draw = random.Random(f"round {number}")
         for level in draw.sample(plan.levels, len(plan.levels)):
-            count = max(plan.least, level)
+            count = max(plan.least, _WAVES * level)
             prompts = [plan.prompts[(number * count + i) % len(plan.prompts)] for i in range(count)]
+            jobs = [Job(prompt, draw.randint(*span(plan.max_tokens))) for prompt in prompts]
             order = draw.sample(plan.common.methods, len(plan.common.methods))
-            yield Group(number, level, order, prompts)
+            yield Group(number, level, order, jobs)
 
 
 def unfinished(plan: Plan, rows: Sequence[Row]) -> list[Group]:
@@ -104,13 +125,13 @@ def digest(reply: Reply) -> str:
     return hashlib.sha256(json.dumps(reply.output_ids).encode()).hexdigest()[:16]
 
 
-def ask_all(url: str, prompts: Sequence[Prompt], level: int, max_tokens: int) -> tuple[list[Reply], float]:
-    """All prompts with ``level`` requests in flight; seconds from first send to last token."""
+def ask_all(url: str, jobs: Sequence[Job], level: int) -> tuple[list[Reply], float]:
+    """All jobs with ``level`` requests in flight; seconds from first send to last token."""
     client = connect(url)
     pool = ThreadPoolExecutor(level)
     start = time.perf_counter()
     try:
-        replies = list(pool.map(lambda p: stream_reply(client, p, max_tokens=max_tokens), prompts))
+        replies = list(pool.map(lambda j: stream_reply(client, j.prompt, max_tokens=j.max_tokens), jobs))
         return replies, time.perf_counter() - start
     finally:
         # On Ctrl-C: requests in flight end when the caller stops the server.
@@ -118,7 +139,7 @@ def ask_all(url: str, prompts: Sequence[Prompt], level: int, max_tokens: int) ->
 
 
 def measure(plan: Plan, fleet: Fleet, group: Group, method: str) -> Row:
-    replies, seconds = ask_all(fleet.use(method), group.prompts, group.level, plan.max_tokens)
+    replies, seconds = ask_all(fleet.use(method), group.jobs, group.level)
     steps = fleet.steps(method)
     info = fleet.info[mode_of(method)]
     tokens = sum(reply.tokens for reply in replies)
@@ -135,7 +156,7 @@ def measure(plan: Plan, fleet: Fleet, group: Group, method: str) -> Row:
         accept_length=mean_accept_length(replies),
         ttft_ms=percentiles([reply.first_token for reply in replies]),
         itl_ms=percentiles([gap for reply in replies for gap in reply.inter_token]),
-        outputs={reply.id: digest(reply) for reply in replies},
+        outputs={f"{i} {reply.id}": digest(reply) for i, reply in enumerate(replies)},
         widths=steps.shares if steps else None,
         machine=plan.common.machine,
         threads=plan.common.threads,
@@ -148,8 +169,9 @@ def warm_up(plan: Plan, fleet: Fleet, progress: Progress) -> None:
     """First passes compile and fill caches; nobody's measurement should hold that."""
     task = progress.add_task("warm-up", total=len(plan.common.methods))
     count = min(_WARM_UP_REQUESTS, max(plan.levels))
+    jobs = [Job(prompt, _WARM_UP_TOKENS) for prompt in plan.prompts[:count]]
     for method in plan.common.methods:
-        ask_all(fleet.use(method), plan.prompts[:count], count, _WARM_UP_TOKENS)
+        ask_all(fleet.use(method), jobs, count)
         fleet.steps(method)
         progress.advance(task)
     progress.remove_task(task)
@@ -180,8 +202,8 @@ def run(plan: Plan, todo: Sequence[Group], rows: list[Row], progress: Progress) 
 def make_plan(argv: list[str]) -> Plan:
     parser = command.parser(__doc__, minutes=90.0, methods=METHODS, rounds=5)
     parser.add_argument("--concurrency", default=",".join(map(str, LEVELS)), help="(%(default)s)")
-    parser.add_argument("--prompts", type=int, default=4, help="least prompts of a cell (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=32, help="tokens per reply (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=6, help="least prompts of a cell (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=48, help="mean tokens of a reply (%(default)s)")
     args = target.parse(parser, argv)
     levels = command.numbers("--concurrency", args.concurrency)
     if args.prompts < 1 or args.max_tokens < 1:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, move_kv_cache_native, unwrap_write_loc
+from sglang.srt.mem_cache.memory_pool import (
+    KVWriteLoc,
+    MHATokenToKVPool,
+    move_kv_cache_native,
+    unwrap_write_loc,
+)
 
 
 class CpuMHATokenToKVPool(MHATokenToKVPool):
@@ -48,3 +53,12 @@ class CpuMHATokenToKVPool(MHATokenToKVPool):
         index = (layer.layer_id if layer_id_override is None else layer_id_override) - self.start_layer
         self.k_buffer[index].index_copy_(0, loc, cache_k)
         self.v_buffer[index].index_copy_(0, loc, cache_v)
+
+    def set_kv_buffer_prefix_valid(
+        self, layer: Any, loc_2d: torch.Tensor, commit_lens: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        """Write the first ``commit_lens`` [requests] rows of each request's ``loc_2d`` [requests, rows]."""
+        if loc_2d.shape[1] == 1:  # a request commits at least its bonus token
+            self.set_kv_buffer(layer, KVWriteLoc(loc_2d.reshape(-1), physical=True), *args, **kwargs)
+        else:
+            super().set_kv_buffer_prefix_valid(layer, loc_2d, commit_lens, *args, **kwargs)

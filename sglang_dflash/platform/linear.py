@@ -129,6 +129,16 @@ class PackedHeadMethod(UnquantizedEmbeddingMethod):
         return packed_linear(x.to(layer.weight.dtype), self.packed, bias, self.most)
 
 
+class PackedForward:
+    """The forward of a ``torch.nn.Linear`` (a drafter's ``fc``) over a packed copy of its weight."""
+
+    def __init__(self, packed: torch.Tensor, most: int | None, bias: torch.Tensor | None) -> None:
+        self.packed, self.most, self.bias = packed, most, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return packed_linear(x, self.packed, self.bias, self.most)
+
+
 def head_logits(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Logits ``[rows, vocab]`` of ``hidden`` ``[rows, hidden]``, through the packed head if there is one."""
     method = getattr(lm_head, "quant_method", None)
@@ -161,7 +171,9 @@ def pack_model(model: torch.nn.Module) -> int:
     # layer's trial can miss them.
     most = min((rows for rows in found if rows is not None), default=None)
     for module, method, weight in packed:
-        if weight is not None:
+        if weight is not None and method is PackedForward:
+            module.forward = PackedForward(weight, most, module.bias)
+        elif weight is not None:
             module.quant_method = method(weight, most)
     logger.info("CPU platform: packed %.0f MiB of weights for oneDNN.", size / 2**20)
     return size
@@ -179,4 +191,6 @@ def _packable(model: torch.nn.Module) -> list[tuple[torch.nn.Module, type]]:
             found.append((module, PackedLinearMethod))
         elif module is head and isinstance(method, UnquantizedEmbeddingMethod):
             found.append((module, PackedHeadMethod))
+        elif type(module) is torch.nn.Linear:
+            found.append((module, PackedForward))
     return found

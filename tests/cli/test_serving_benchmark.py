@@ -108,11 +108,12 @@ def test_a_round_gives_all_methods_the_same_prompts_in_an_order_of_its_own() -> 
     assert all(Counter(g.methods) == Counter(fleet.METHODS) for g in found)
     assert len({tuple(g.methods) for g in found}) == len(found)
     for group in found:
-        assert len(group.prompts) == max(4, group.level)
-        kinds = Counter(prompt.kind for prompt in group.prompts)
+        assert len(group.jobs) == max(4, 3 * group.level)
+        assert all(16 <= job.max_tokens <= 48 for job in group.jobs)
+        kinds = Counter(job.prompt.kind for job in group.jobs)
         assert kinds["chat"] == kinds["code"]
     for level in (1, 4):
-        used = [prompt.id for g in found if g.level == level for prompt in g.prompts]
+        used = [job.prompt.id for g in found if g.level == level for job in g.jobs]
         assert len(set(used)) == len(used), "another round, other prompts"
 
 

@@ -19,6 +19,15 @@ def accept_tree_torch(
     """Same contract as `dflash_kernels.accept_tree`."""
     bs, N = tree.tokens.shape
     dev = tree.tokens.device
+    if N == 1 and max_depth == 0:  # a plain step's tree
+        alone = Accepted(
+            accept_lens=torch.ones(bs, dtype=torch.int32, device=dev),
+            path=torch.zeros((bs, 1), dtype=torch.int32, device=dev),
+            out_tokens=target_tokens,
+            bonus=target_tokens[:, 0],
+            new_lens=prefix_lens + 1,
+        )
+        return alone if out is None else out.copy_(alone)
     node = torch.arange(N, device=dev).expand(bs, N)
 
     # A node can be entered when something links to it and it carries its parent's target token.

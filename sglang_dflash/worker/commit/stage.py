@@ -25,10 +25,13 @@ class CommitStage:
         self._compactor: KVCompactor | None = None
 
     def __call__(self, accepted: Accepted, verified: Verified, step: Step) -> None:
+        if step.width.plain:  # the root's row lies where it belongs
+            positions = step.prefix_lens[:, None].long()
+            self.bridge.append_drafter_kv(step, verified.hidden, positions, accepted.accept_lens)
+            return
         if self._compactor is None:
             self._compactor = KVCompactor(self.bridge.target_caches())
-        width = step.width
-        self._compactor(step.slots[:, : width.nodes], accepted.path, accepted.accept_lens)
+        self._compactor(step.slots[:, : step.width.nodes], accepted.path, accepted.accept_lens)
 
         # Only the path's rows feed the drafter: D + 1 rows instead of N.
         path = accepted.path.clamp(min=0).long()
