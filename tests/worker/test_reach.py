@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from dflash_kernels import build_tree
+from dflash_kernels import Chain, build_tree
 
 from sglang_dflash.worker.draft import Candidates
 from sglang_dflash.worker.tree.reach import reach
@@ -61,3 +63,29 @@ def test_padding_and_impossible_candidates_count_nothing() -> None:
         pytest.approx([first, first * second]),
     ]
     assert (got[1] == 0).all()
+
+
+def test_recalled_nodes_count_by_their_own_probabilities() -> None:
+    """The first is also the drafter's, the second only the chain's, the third lies beyond the block."""
+    candidates = drafted(2, 2, 3, seed=3)
+    path = [int(candidates.ids[0, 0, 2]), 70, 71]
+    own, never = [-0.1, -0.2, -0.3], float("-inf")
+    chain = Chain(torch.tensor([path, path]), torch.tensor([own, [never] * 3]))
+    tree = build_tree(torch.full((2,), 99), candidates.logprobs, candidates.ids, num_nodes=9, chain=chain)
+    assert int(tree.depth[0].max()) == 3
+    sums = [0.0, 0.0]
+    prefixes, chance = {0: []}, {0: 1.0}
+    for node in range(1, 9):
+        depth, parent = int(tree.depth[0, node]), int(tree.parents[0, node])
+        prefixes[node] = [*prefixes[parent], int(tree.tokens[0, node])]
+        if prefixes[node] == path[:depth]:
+            chance[node] = chance[parent] * math.exp(own[depth - 1])
+        else:
+            rank = candidates.ids[0, depth - 1].tolist().index(prefixes[node][-1])
+            chance[node] = chance[parent] * float(candidates.logprobs[0, depth - 1, rank].exp())
+        if depth <= 2:
+            sums[depth - 1] += chance[node]
+    got = reach(tree, candidates, [2, 9], None, chain)[0]
+    other = expected(candidates, 1, 9)
+    assert got[1].tolist() == pytest.approx([a + b for a, b in zip(sums, other, strict=True)], abs=1e-5)
+    assert float(got[0, 0]) == pytest.approx(math.exp(-0.1) + float(candidates.logprobs[1, 0, 0].exp()))

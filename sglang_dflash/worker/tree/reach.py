@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from dflash_kernels import DraftTree, ancestor_mask
+from dflash_kernels import Chain, DraftTree, ancestor_mask
 
 from sglang_dflash.worker.draft import Candidates
 
@@ -17,7 +17,11 @@ _NEVER = -1e4  # a log-probability whose sums stay finite
 
 
 def reach(
-    tree: DraftTree, candidates: Candidates, tiers: Sequence[int], sampled: torch.Tensor | None
+    tree: DraftTree,
+    candidates: Candidates,
+    tiers: Sequence[int],
+    sampled: torch.Tensor | None,
+    chain: Chain | None = None,
 ) -> torch.Tensor:
     """float32 [2 (greedy, sampled), T, L]: summed over the requests of each class, the drafter's probability
     that the accepted path reaches depth d + 1 in the best tree of ``tiers[t]`` nodes.
@@ -27,18 +31,26 @@ def reach(
         candidates: what it was built from, [bs, L, K].
         tiers: T numbers of nodes, ascending, none above N.
         sampled: bool [bs], None where every request is greedy.
+        chain: the path that was recalled into the tree, of [bs, D]; its nodes count by its own probabilities.
+            Those beyond the block are left out: L is what widths are compared by.
     """
     bs, nodes = tree.tokens.shape
     depths, top = candidates.ids.shape[1:]
-    at = (tree.depth.long() - 1).clamp(min=0)[:, :, None].expand(-1, -1, top)
-    mine = candidates.ids.gather(1, at) == tree.tokens[:, :, None]
+    place = (tree.depth.long() - 1).clamp(min=0)
+    at = place.clamp(max=depths - 1)[:, :, None].expand(-1, -1, top)
+    mine = (candidates.ids.gather(1, at) == tree.tokens[:, :, None]) & (place < depths)[:, :, None]
     logprobs = candidates.logprobs.gather(1, at).clamp(min=_NEVER).masked_fill(~mine, 0.0).sum(2)
+    known = mine.any(2)
+    lineage = ancestor_mask(tree.ancestors, nodes).float()
+    if chain is not None:
+        on, said = _recalled(tree, chain, place, lineage)
+        logprobs, known = torch.where(on, said, logprobs), known | on
     logprobs[:, 0] = 0.0
-    paths = ancestor_mask(tree.ancestors, nodes).float() @ logprobs[:, :, None]
+    paths = lineage @ logprobs[:, :, None]
     # The root is the target's own; a node that nothing links to is padding, whatever its token.
     links = torch.cat([tree.first_child, tree.next_sibling], 1).long()
     linked = torch.zeros((bs, nodes + 1), device=links.device).scatter_(1, links.remainder(nodes + 1), 1.0)
-    chance = paths[:, :, 0].exp() * mine.any(2) * linked[:, :nodes]
+    chance = paths[:, :, 0].exp() * known * linked[:, :nodes]
     chance, order = chance.sort(dim=1, descending=True, stable=True)
     depth = tree.depth.gather(1, order)
     level = torch.arange(1, depths + 1, device=depth.device)
@@ -49,3 +61,21 @@ def reach(
     share = torch.zeros(bs, device=depth.device) if sampled is None else sampled.float()
     classes = torch.stack([1.0 - share, share])
     return (classes @ by_tier.reshape(bs, -1)).view(2, len(tiers), depths)
+
+
+def _recalled(
+    tree: DraftTree, chain: Chain, place: torch.Tensor, lineage: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which nodes are the chain's, bool [bs, N], and the chain's log-probabilities at all nodes' depths.
+
+    Args:
+        place: int64 [bs, N], depth - 1.
+        lineage: float [bs, N, N], 1 for a node's ancestors and itself.
+    """
+    length = chain.ids.shape[1]
+    there = place.clamp(max=length - 1)
+    said = chain.logprobs.gather(1, there)
+    same = (chain.ids.gather(1, there) == tree.tokens) & (place < length) & said.isfinite()
+    same[:, 0] = True
+    strangers = lineage @ (~same).float()[:, :, None]  # on the way from the root
+    return strangers[:, :, 0] == 0, said.clamp(min=_NEVER)

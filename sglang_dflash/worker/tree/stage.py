@@ -89,4 +89,4 @@ class TreeStage:
         if not tiers:
             return tree, None
         sampled = None if step.noise is None or step.sampling is None else step.sampling.top_k > 1
-        return tree, reach(tree, candidates, tiers, sampled)
+        return tree, reach(tree, candidates, tiers, sampled, chain)
