@@ -26,11 +26,14 @@ def is_cut(tree: DraftTree) -> torch.Tensor:
 
 
 def outcome(tree: DraftTree, accepted: Accepted) -> torch.Tensor:
-    """int32 [bs]: KV rows moved (0: the path is the spine), or ``FALLBACK`` where there was no draft.
+    """int32 [bs]: KV rows moved (0: the path is the spine), or ``FALLBACK`` where the draft was unusable.
 
-    A row moves when its node's id is not its depth, which is so exactly off the spine.
+    A row moves when its node's id is not its depth, which is so exactly off the spine. A plain step asked
+    for no draft.
     """
     path = accepted.path
+    if tree.num_nodes == 1:
+        return torch.zeros(len(path), dtype=torch.int32, device=path.device)
     depth = torch.arange(path.shape[1], device=path.device, dtype=path.dtype)
     moved = ((path != depth) & (path >= 0)).sum(1, dtype=torch.int32)
     return moved.masked_fill_(is_cut(tree), FALLBACK)

@@ -294,6 +294,9 @@ def test_plain_steps_keep_the_drafter_warm(pair: Pair, tokenizer: Any) -> None:
         assert torch.equal(drafted[other]["ids"][:, 0], drafted["tree"]["ids"][:, 0])
         gap = (drafted[other]["logprobs"] - drafted["tree"]["logprobs"]).abs().max()
         assert float(gap) < 1e-5, other
+    marker = pair.tree.info().marker
+    assert marker is not None
+    assert (marker.model_extra or {})["drafter_fallbacks"] == 0, "a plain step is no broken draft"
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dflash_kernels import accept_tree
+from dflash_kernels import DraftTree, accept_tree
 
 from sglang_dflash.step.report import FALLBACK, outcome
 from sglang_dflash.step.width import Step, Width
@@ -64,6 +64,13 @@ def test_a_broken_draft_is_one_token_and_leaves_the_batch_alone(nodes: int, spoi
     assert torch.equal(accepted.accept_lens[others], accept_everything(sound).accept_lens[others])
     assert bool((accepted.accept_lens[others] > 1).all())
     assert outcome(tree, accepted).tolist() == [0, FALLBACK, 0, 0]
+
+
+def test_a_plain_step_is_no_fallback() -> None:
+    anchor = torch.tensor([5, 6])
+    tree = DraftTree.roots(anchor)
+    accepted = accept_tree(tree, anchor[:, None], anchor, max_depth=0)
+    assert outcome(tree, accepted).tolist() == [0, 0]
 
 
 def test_rows_moved_are_the_nodes_off_the_spine() -> None:
