@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 # Where it is set, every server start compiles SGLang's and torch's thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo serve bench bench-load bench-off soak readme fetch test test-full lint format lock clean
+.PHONY: help install demo serve bench bench-load bench-off soak readme fetch test test-full test-widths lint format lock clean
 
 help:  ## what can be made here
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|'
@@ -82,6 +82,9 @@ test: fetch  ## everything meant to run in 25 minutes on two quiet cores
 
 test-full: fetch  ## all tests; those for a GPU skip where there is none
 	$(PYTEST) $(ARGS)
+
+test-widths: fetch  ## served outputs once more, every step at another width
+	DFLASH_TEST_WIDTH=random:1 $(PYTEST) -m "server and not gpu" $(ARGS)
 
 lint: $(STAMP)  ## formatting, style and types
 	.venv/bin/ruff format --check .

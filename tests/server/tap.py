@@ -1,13 +1,16 @@
 """Writes down what the served drafter proposed, changing nothing.
 
 Loaded in the scheduler by ``SGLANG_DFLASH_CANDIDATES=tests.server.tap:candidates``; one file per
-step and request goes to the folder ``DFLASH_TEST_TAP``.
+step and request goes to the folder ``DFLASH_TEST_TAP``. While a file ``keys`` lies beside that folder,
+the drafter's K and V of the text so far are written down too.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,24 @@ import torch
 
 from sglang_dflash.step.width import Step
 from sglang_dflash.worker.draft import Candidates
+from sglang_dflash.worker.worker import TreeWorker
 
 _numbers = itertools.count()
+
+
+@cache
+def _drafter() -> Any:
+    """Its ``ModelRunner``. Nothing hands it to a hook of the candidates."""
+    return next(each for each in gc.get_objects() if isinstance(each, TreeWorker)).draft_model_runner
+
+
+def keys_and_values(batch: Any, row: int, length: int) -> torch.Tensor:
+    """[layers, 2, length, heads, dim], of the drafter."""
+    table = batch.req_to_token_pool.req_to_token
+    slots = table[batch.req_pool_indices[row], :length].long()
+    pool = _drafter().token_to_kv_pool
+    caches = zip(pool.k_buffer, pool.v_buffer, strict=True)
+    return torch.stack([torch.stack([keys[slots], values[slots]]) for keys, values in caches])
 
 
 def candidates(drafted: Candidates, step: Step, batch: Any) -> Candidates:
@@ -29,5 +48,7 @@ def candidates(drafted: Candidates, step: Step, batch: Any) -> Candidates:
             "logprobs": drafted.logprobs[row].clone(),
             "ids": drafted.ids[row].clone(),
         }
+        if (folder.parent / "keys").exists():
+            record["keys"] = keys_and_values(batch, row, record["prefix"])
         torch.save(record, folder / f"{next(_numbers):06d}.pt")
     return drafted

@@ -274,7 +274,7 @@ def test_outputs_do_not_depend_on_the_width(seed: int, pair: Pair, tokenizer: An
 
 
 def test_plain_steps_keep_the_drafter_warm(pair: Pair, tokenizer: Any) -> None:
-    """What the drafter proposes after 200 plain steps is what it proposes where they never were plain."""
+    """The drafter's K and V, and what it proposes, after 200 plain steps and where no step was plain."""
     (request,) = chat_requests(tokenizer, 33, 200)[32:]
     drafted = {}
     for name, setting in (("plain", "1x1"), ("tree", "fixed"), ("prefill", None)):
@@ -284,13 +284,18 @@ def test_plain_steps_keep_the_drafter_warm(pair: Pair, tokenizer: Any) -> None:
                 answer = pair.tree.generate([request], 1, ignore_eos=True)[0]["output_ids"]
         said = Request((*request.ids, *answer[:190]), 8)
         before = set(pair.tap.iterdir())
+        keys = pair.tap.parent / "keys"
+        keys.touch()
         reply = pair.tree.generate([said], 1, ignore_eos=True)[0]
+        keys.unlink()
         assert reply["output_ids"] == answer[190:198]
         hit = reply["meta_info"]["cached_tokens"]
         assert hit >= len(said.ids) - 1 if setting else hit == 0
         first = min(set(pair.tap.iterdir()) - before)
         drafted[name] = torch.load(first, weights_only=True)
     for other in ("plain", "prefill"):
+        assert drafted[other]["prefix"] == drafted["tree"]["prefix"] >= 190
+        torch.testing.assert_close(drafted[other]["keys"], drafted["tree"]["keys"], atol=1e-5, rtol=1e-5)
         assert torch.equal(drafted[other]["ids"][:, 0], drafted["tree"]["ids"][:, 0])
         gap = (drafted[other]["logprobs"] - drafted["tree"]["logprobs"]).abs().max()
         assert float(gap) < 1e-5, other
