@@ -93,10 +93,11 @@ def handle_dflash(original: Callable, server_args: Any) -> Any:
         mode.decide(mode.OFF_SWITCH)
         return original(server_args)
     verify_installed()
-    from sglang_dflash.plugin.start import check_start
+    from sglang_dflash.plugin.start import check_start, keep_room
 
     check_start(server_args)
-    return original(server_args)
+    with keep_room(server_args):
+        return original(server_args)
 
 
 def resolve_alias(

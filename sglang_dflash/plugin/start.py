@@ -6,18 +6,22 @@ Called in the parent process from the hook on SGLang's ``_handle_dflash``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang_dflash.drafter import check_fits, read_config, resolve_folder
 from sglang_dflash.errors import UserError
 from sglang_dflash.plugin.budget import default_nodes
-from sglang_dflash.plugin.mode import PLAIN_IS_SERVED, Decision, Mode, decide
+from sglang_dflash.plugin.mode import PLAIN_IS_SERVED, Decision, Mode, decide, decided
 from sglang_dflash.plugin.obstacles import Facts, first_obstacle, named_backends
 from sglang_dflash.plugin.reading import check_reading
 from sglang_dflash.settings import MAX_NODES, get_settings
 from sglang_dflash.step.width import Width
 from sglang_dflash.worker.width.control import check_setting
+
+logger = logging.getLogger("sglang_dflash")
 
 MIN_NODES = 2
 CHAIN = "or set SGLANG_DFLASH_MODE=chain"
@@ -33,6 +37,23 @@ def check_start(server_args: Any) -> None:
         _check(server_args)
     except UserError as error:
         raise SystemExit(f"sglang-dflash: {error}") from None
+
+
+@contextmanager
+def keep_room(server_args: Any) -> Iterator[None]:
+    """Around SGLang's handling of DFLASH, which lets 48 requests run unless told otherwise.
+
+    On a CPU under trees as many may run as in plain decoding. On CUDA its cap stays: the logits buffer of
+    its graphs is sized by the greatest batch times the greatest width.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    cfg = resolving_view(server_args)
+    asked = cfg.max_running_requests
+    yield
+    if asked is None and decided().mode == "tree" and cfg.device == "cpu":
+        declare_resolution(server_args, "sglang_dflash", max_running_requests=None)
+        logger.info("sglang-dflash: as many requests may run as in plain decoding, not 48")
 
 
 def _check(server_args: Any) -> None:

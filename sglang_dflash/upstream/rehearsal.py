@@ -16,8 +16,14 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 
+_FEW = 256  # cached tokens of a request
+
+
 def room(target: Any, slots: int) -> tuple[int, int]:
     """(requests, cached tokens of each) that a rehearsal can have at most.
+
+    Requests: as many as hold ``_FEW`` tokens each. More can run, but not for long, and a pass over all
+    rows of the table would take longer than all the others together.
 
     Args:
         target: SGLang's target ``ModelRunner``.
@@ -25,7 +31,8 @@ def room(target: Any, slots: int) -> tuple[int, int]:
     """
     pool = target.req_to_token_pool
     longest = min(int(target.model_config.context_len), pool.req_to_token.shape[1]) - slots
-    return int(pool.size) - 1, max(1, longest)
+    most = int(target.token_to_kv_pool_allocator.size) // _FEW
+    return max(1, min(int(pool.size) - 1, most)), max(1, longest)
 
 
 @contextmanager

@@ -163,6 +163,16 @@ def test_another_servers_decision_is_forgotten(
 
 
 @on_cpu
+def test_as_many_may_run_as_in_plain_decoding(
+    resolver: Resolve, target_of: Callable[[str], Path], drafter: Path
+) -> None:
+    assert resolver(target_of("full"), drafter)["running"] is None
+    assert resolver(target_of("full"), drafter, "--max-running-requests", "5")["running"] == 5
+    chain = resolver(target_of("full"), drafter, env={"SGLANG_DFLASH_MODE": "chain"})
+    assert chain["running"] == 48, "SGLang's chain keeps SGLang's cap"
+
+
+@on_cpu
 def test_never_the_chain_on_a_cpu(resolver: Resolve, target_of: Callable[[str], Path], drafter: Path) -> None:
     assert resolver(target_of("full"), drafter)["mode"] == "tree"
     got = resolver(target_of("full"), drafter, "--speculative-draft-window-size", "64")
