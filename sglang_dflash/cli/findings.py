@@ -304,6 +304,16 @@ def running_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
     """What a running server says that it is doing."""
     info = read_server_info(url, api_key=api_key)
     yield Finding(True, "server", f"SGLang {info.version}, {info.model_path}, device {info.device}")
+    marker = info.marker
+    if marker is not None and marker.mode != "tree":
+        reason = f", because trees do not serve {marker.reason}" if marker.reason else ""
+        yield Finding(
+            False,
+            "decoding",
+            f"{marker.mode}: {marker.worker}{reason}",
+            f"for draft trees {marker.way_out or 'unset SGLANG_DFLASH_MODE'}",
+        )
+        return
     if info.speculative_algorithm is None:
         yield Finding(
             False,
@@ -320,22 +330,12 @@ def running_server(url: str, api_key: str | None = None) -> Iterator[Finding]:
             "use DFLASH for draft trees",
         )
         return
-    marker = info.marker
     if marker is None:
         yield Finding(
             False,
             "decoding",
             "DFLASH without this plugin: SGLang's built-in chain serves",
             "run `sglang-dflash doctor` without --url, in the server's own environment",
-        )
-        return
-    if marker.mode != "tree":
-        reason = f", because trees do not serve {marker.reason}" if marker.reason else ""
-        yield Finding(
-            False,
-            "decoding",
-            f"{marker.mode}: {marker.worker}{reason}",
-            f"for draft trees {marker.way_out or 'unset SGLANG_DFLASH_MODE'}",
         )
         return
     extra = " ".join(f"{name}={value}" for name, value in (marker.model_extra or {}).items())

@@ -93,9 +93,11 @@ def handle_dflash(original: Callable, server_args: Any) -> Any:
         mode.decide(mode.OFF_SWITCH)
         return original(server_args)
     verify_installed()
-    from sglang_dflash.plugin.start import check_start, keep_room
+    from sglang_dflash.plugin.start import check_start, keep_room, leave_out_drafter
 
     check_start(server_args)
+    if mode.decided().mode == "plain":
+        return leave_out_drafter(server_args)
     with keep_room(server_args):
         return original(server_args)
 
@@ -194,6 +196,13 @@ def alloc_lens(original: Callable, reqs: Any, *, reserve: int, page_size: int) -
 
 def server_info(result: None, self: Any, state: dict[str, Any]) -> None:
     """AFTER ``_add_speculative``: names the worker really in use in ``/server_info``."""
+    if mode.decided().mode == "plain":
+        state["dflash"] = {
+            "plugin": __version__,
+            "mode": "plain",
+            "worker": "SGLang without the drafter",
+            **mode.why(),
+        }
     if not self.scheduler.spec_algorithm.is_dflash():
         return
     worker = self.scheduler.draft_worker
@@ -221,11 +230,15 @@ def publish(result: Any, server_args: Any, *args: Any, role: str, **kwargs: Any)
     """
     if mode.decided().mode == "chain":
         return
+    from sglang.srt.plugins.hook_registry import HookType
+
     from sglang_dflash.upstream import contract
 
     if role == "scheduler":
         contract.check_scheduler()
         _install(_sampler_table() | _scheduler_table())
+        if mode.decided().mode == "plain":
+            _install({SERVER_INFO: (server_info, HookType.AFTER)})
     elif role == "tokenizer":
         contract.check_front_end()
         _install(_front_end_table())

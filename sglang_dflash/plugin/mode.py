@@ -1,4 +1,4 @@
-"""Who decodes: draft trees, SGLang's own chain, or plain steps. Decided once, in the parent.
+"""Who decodes: draft trees, SGLang's own chain, or SGLang without a drafter. Decided once, in the parent.
 
 The parent's decision reaches every process of the server as an environment variable, which those processes
 read in place of the setting: sampler hooks, reserves and the worker must not follow different modes.
@@ -18,17 +18,13 @@ logger = logging.getLogger("sglang_dflash")
 
 Mode = Literal["tree", "chain", "plain"]
 
-#: Plain steps: the tree worker with one node per step. It is to read ``decided().mode == "plain"`` where it
-#: makes its widest `Width`; until it serves them, `plugin/start.py` makes an error of such a decision.
-PLAIN_IS_SERVED = False
-
 
 @dataclass(frozen=True)
 class Decision:
     """Who decodes.
 
     Attributes:
-        mode: tree, this plugin's worker; chain, SGLang's own; plain, this plugin's worker without a draft.
+        mode: tree, this plugin's worker; chain, SGLang's own; plain, SGLang's plain decoding.
         reason: what trees do not serve here, empty for trees.
         way_out: how to get trees.
     """
@@ -47,7 +43,7 @@ class Decision:
                 "penalties and min_new_tokens"
             )
         else:
-            who = "plain steps decode, without a draft"
+            who = "SGLang decodes without the drafter"
         return f"draft trees do not serve {self.reason}: {who}; for trees {self.way_out}"
 
 

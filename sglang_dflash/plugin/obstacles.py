@@ -126,6 +126,11 @@ OBSTACLES = (
         _other_head,
     ),
     Obstacle(
+        "quantised drafters on a CPU (SGLang's kernels for them need a GPU)",
+        "take the drafter in bfloat16",
+        lambda facts: bool(facts.drafter.quantization_config and facts.on_cpu),
+    ),
+    Obstacle(
         "an attention backend without our tree kernel",
         "leave out --attention-backend (triton on CUDA, dflash_cpu on CPU)",
         _wrong_backend,

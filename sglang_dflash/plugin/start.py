@@ -14,7 +14,7 @@ from typing import Any
 from sglang_dflash.drafter import check_fits, read_config, resolve_folder
 from sglang_dflash.errors import UserError
 from sglang_dflash.plugin.budget import default_nodes
-from sglang_dflash.plugin.mode import PLAIN_IS_SERVED, Decision, Mode, decide, decided
+from sglang_dflash.plugin.mode import Decision, Mode, decide, decided
 from sglang_dflash.plugin.obstacles import Facts, first_obstacle, named_backends
 from sglang_dflash.plugin.reading import check_reading
 from sglang_dflash.settings import MAX_NODES, get_settings
@@ -37,6 +37,25 @@ def check_start(server_args: Any) -> None:
         _check(server_args)
     except UserError as error:
         raise SystemExit(f"sglang-dflash: {error}") from None
+
+
+#: What makes a server speculate; without them it is the one that the same command starts without a drafter.
+_SPECULATION = (
+    "speculative_algorithm",
+    "speculative_draft_model_path",
+    "speculative_draft_model_revision",
+    "speculative_num_draft_tokens",
+    "speculative_dflash_block_size",
+    "speculative_draft_window_size",
+    "speculative_draft_attention_backend",
+)
+
+
+def leave_out_drafter(server_args: Any) -> None:
+    """Resolve the arguments as if nobody had asked for a drafter."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    declare_resolution(server_args, "sglang_dflash", **dict.fromkeys(_SPECULATION))
 
 
 @contextmanager
@@ -119,14 +138,14 @@ def _decide(facts: Facts) -> Decision:
     obstacle = first_obstacle(facts)
     if obstacle is None:
         return Decision("tree")
-    if facts.drafter.anchor_first:
+    # On a CPU the chain turns temperature above 0 into argmax and fails in float32.
+    mode: Mode = "plain" if facts.on_cpu else "chain"
+    if mode == "chain" and facts.drafter.anchor_first:
         raise UserError(
             f"draft trees do not serve {obstacle.what}, and SGLang's chain would take the drafter's tokens "
             f"for those one place later (its rows predict the next token); {obstacle.way_out}"
         )
-    mode: Mode = "plain" if facts.on_cpu else "chain"
-    # On a CPU the chain turns temperature above 0 into argmax and fails in float32.
-    if get_settings().mode == "tree" or (mode == "plain" and not PLAIN_IS_SERVED):
+    if get_settings().mode == "tree":
         raise UserError(f"draft trees do not serve {obstacle.what}; {obstacle.way_out}, {CHAIN}")
     return Decision(mode, obstacle.what, obstacle.way_out)
 

@@ -180,6 +180,22 @@ BASE = {"version": "0.5.23", "model_path": "m", "device": "cpu"}
             },
             "chain: w, because trees do not serve LoRA adapters",
         ),
+        (
+            {
+                "internal_states": [
+                    {
+                        "dflash": {
+                            "plugin": "1",
+                            "mode": "plain",
+                            "worker": "w",
+                            "reason": "a drafter window",
+                            "way_out": "leave it out",
+                        }
+                    }
+                ],
+            },
+            "plain: w, because trees do not serve a drafter window",
+        ),
     ],
 )
 def test_a_running_server_without_trees_is_found(

@@ -45,6 +45,7 @@ def resolve(args: list[str], env: dict[str, str], default_backend: str) -> dict[
             "reason": decision.reason,
             "way_out": decision.way_out,
             "told": os.environ.get("SGLANG_DFLASH_DECISION"),
+            "algorithm": view.speculative_algorithm,
             "running": view.max_running_requests,
             "nodes": view.speculative_num_draft_tokens,
             "backends": [view.attention_backend, view.speculative_draft_attention_backend],

@@ -175,10 +175,18 @@ def test_as_many_may_run_as_in_plain_decoding(
 @on_cpu
 def test_never_the_chain_on_a_cpu(resolver: Resolve, target_of: Callable[[str], Path], drafter: Path) -> None:
     assert resolver(target_of("full"), drafter)["mode"] == "tree"
-    got = resolver(target_of("full"), drafter, "--speculative-draft-window-size", "64")
-    assert "draft trees do not serve a drafter window" in got["error"]
-    got = resolver(target_of("gated delta net"), drafter)
-    assert "linear-attention layers" in got["error"]
+    window = ("--speculative-draft-window-size", "64")
+    for kind, more, word in (
+        ("full", window, "a drafter window"),
+        ("gated delta net", (), "linear-attention layers"),
+    ):
+        got = resolver(target_of(kind), drafter, *more)
+        assert (got["mode"], got["algorithm"], got["nodes"]) == ("plain", None, None), got
+        assert word in got["reason"]
+        (line,) = got["said"]
+        assert "SGLang decodes without the drafter" in line
+        refused = resolver(target_of(kind), drafter, *more, env={"SGLANG_DFLASH_MODE": "tree"})
+        assert f"draft trees do not serve {got['reason']}" in refused["error"]
 
 
 @on_gpu

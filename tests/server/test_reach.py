@@ -62,3 +62,21 @@ def test_the_published_drafter_that_trees_serve(
         got = client.generate(REQUESTS, 2)
     want = tiny_plain.generate(REQUESTS, 2)
     assert [reply["output_ids"] for reply in got] == [reply["output_ids"] for reply in want]
+
+
+@pytest.mark.slow
+def test_where_trees_cannot_serve_a_cpu_decodes_plainly(
+    serving: Serving, tiny_pair: tuple[Path, Path], tiny_plain: Client
+) -> None:
+    target, drafter = tiny_pair
+    args = tiny_args(target, *dflash_args(drafter), "--speculative-draft-window-size", "64")
+    with serving("windowed", args) as client:
+        marker = client.info().marker
+        assert marker is not None
+        assert (marker.mode, marker.reason) == ("plain", "a drafter window")
+        got = client.generate(REQUESTS, 2)
+        lines = [line for line in client.server.output().splitlines() if "draft trees do not serve" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("for trees leave out --speculative-draft-window-size")
+    want = tiny_plain.generate(REQUESTS, 2)
+    assert [reply["output_ids"] for reply in got] == [reply["output_ids"] for reply in want]
