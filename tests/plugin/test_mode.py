@@ -248,7 +248,9 @@ def test_a_quantised_drafter_needs_a_gpu(
     file = folder / "config.json"
     config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     file.write_text(json.dumps(config))
-    assert "the drafter is quantised" in resolver(target_of("full"), folder)["error"]
+    got = resolver(target_of("full"), folder)
+    assert got["mode"] == "plain"
+    assert "quantised drafters on a CPU" in got["reason"]
 
 
 # -- the field ------------------------------------------------------------------
