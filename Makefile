@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 # Where it is set, every server start compiles SGLang's and torch's thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo serve bench bench-load bench-off soak readme fetch test test-full test-widths lint format lock clean
+.PHONY: help install demo serve bench bench-load bench-off soak thousand readme fetch test test-full test-widths lint format lock clean
 
 help:  ## what can be made here
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|'
@@ -69,6 +69,9 @@ bench-off: fetch  ## what auto costs where drafting never pays (40 minutes)
 soak: MINUTES ?= 30
 soak: fetch  ## everything at once for 30 minutes, every answer compared with plain decoding
 	$(PY) benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
+
+thousand: fetch  ## 1,000 prompts through plain decoding and trees in float32 (10 minutes)
+	$(PY) benchmarks/thousand.py $(ARGS)
 
 readme:  ## put what make demo and the benchmarks measured into README.md and docs/benchmarks.md
 	$(PY) benchmarks/readme.py
