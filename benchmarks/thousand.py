@@ -4,8 +4,8 @@
 
 The prompts are those of examples/corpus, short answers, greedy, with penalties and with seeds in turn. The
 tree server answers them at 1 to 32 in flight in turn, its width following the load. Where an answer differs,
-plain decoding is asked for the two likeliest tokens at the first difference: a near-tie is listed as one, with
-its gap. Writes out/thousand.json; exit code 1 where an answer differs that is no near-tie.
+plain decoding is asked for the two likeliest tokens at the first difference: a near-tie is listed as one,
+with its gap. Writes out/thousand.json; exit code 1 where an answer differs that is no near-tie.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def answers(
 
 
 def gap(url: str, body: dict[str, Any], said: Sequence[int]) -> float:
-    """By how much plain decoding prefers its likeliest token after ``said`` to the second, in log-probability."""
+    """Log-probability of plain decoding's likeliest token after ``said``, over that of the second."""
     ask = {
         "input_ids": [*body["input_ids"], *said],
         "sampling_params": {"temperature": 0, "max_new_tokens": 1},
@@ -142,9 +143,10 @@ def both(
     requests, levels, folder = [body for _, body in asked], chunks(len(asked)), common.out / "servers"
     flags = ["--dtype", "float32"]
     # With overlap, plain decoding's penalties lag by one token.
-    plainly = Fleet(common.pair, [PLAIN], folder, flags=[*flags, "--disable-overlap-schedule"])
-    trees = Fleet(common.pair, [AUTO], folder, nodes=common.nodes, flags=flags)
-    with plainly, trees:
+    with ExitStack() as servers:
+        plain = Fleet(common.pair, [PLAIN], folder, flags=[*flags, "--disable-overlap-schedule"])
+        plainly = servers.enter_context(plain)
+        trees = servers.enter_context(Fleet(common.pair, [AUTO], folder, nodes=common.nodes, flags=flags))
         url = plainly.use(PLAIN)
         want = answers(url, requests, levels, bars, "plain")
         got = answers(trees.use(AUTO), requests, levels, bars, "draft trees")
