@@ -21,16 +21,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import psutil
+import soak_talk
 from rich.console import Console
 from serving_rows import machine
-from soak_load import HOWS, Answer, Task, ask, differences, make_tasks, strangers, until
+from soak_load import HOWS, TALKS, Answer, How, Task, ask, differences, make_tasks, strangers, until
 
 from sglang_dflash.client.info import read_server_info
 from sglang_dflash.client.metrics import read_metrics
@@ -47,8 +48,12 @@ LEVELS = (1, 4, 32, 8, 16, 2)
 # A process's memory may settle while it meets its first shapes; after that it has to stay.
 WARM_UP_SHARE = 0.2
 RSS_BOUND = 256 << 20
+RETRACT_SECONDS = 20.0  # from one retraction of all that runs to the next
 SHOWN = 20
-_ARGS = ["--dtype", "float32", "--sleep-on-idle", "--skip-server-warmup", "--log-level", "info"]
+_ARGS = [
+    *("--dtype", "float32", "--sleep-on-idle", "--skip-server-warmup", "--log-level", "info"),
+    *("--enable-custom-logit-processor", "--enable-streaming-session", "--tool-call-parser", "qwen"),
+]
 # Room for about ten requests of the mix: the others wait, and some are retracted.
 _TREE_ARGS = [
     *("--max-total-tokens", "6144", "--max-running-requests", "16", "--chunked-prefill-size", "256"),
@@ -108,13 +113,17 @@ class Soak:
                 self.one(draw, level)
 
         with ThreadPoolExecutor(level) as pool:
-            list(pool.map(work, range(level)))
+            running = [pool.submit(work, worker) for worker in range(level)]
+            while wait(running, timeout=RETRACT_SECONDS).not_done:
+                retract(str(self.http.base_url).rstrip("/"))
+            for future in running:
+                future.result()
 
     def one(self, draw: random.Random, level: int) -> None:
         task = draw.choice(self.tasks)
-        how = draw.choices(HOWS, weights=(45, 40, 8, 7))[0]
+        how = "whole" if task.kind in TALKS else draw.choices(HOWS, weights=(45, 40, 8, 7))[0]
         try:
-            got = ask(self.http, task, how, after=draw.randrange(1, 6))
+            got = exchange(self.http, task, how, draw.randrange(1, 6))
         except (httpx.HTTPError, ValueError, KeyError) as error:
             with self.lock:
                 self.report.errors += 1
@@ -143,6 +152,17 @@ class Soak:
     def show(self, line: str) -> None:
         if len(self.report.shown) < SHOWN:
             self.report.shown.append(line)
+
+
+def exchange(http: httpx.Client, task: Task, how: How = "whole", after: int = 3) -> Answer:
+    """Ask a task, whatever it takes."""
+    return soak_talk.ask(http, task) if task.kind in TALKS else ask(http, task, how, after)
+
+
+def retract(url: str) -> None:
+    """Take the KV of all that runs; it is read again with what it has said."""
+    for route, body in (("/pause_generation", {"mode": "retract"}), ("/continue_generation", {})):
+        httpx.post(f"{url}{route}", json=body, timeout=120, trust_env=False).raise_for_status()
 
 
 def memory(pid: int) -> int:
@@ -206,7 +226,7 @@ def plain_answers(tasks: Sequence[Task], folder: Path, env: dict[str, str | None
     with Server(args, port=free_port(), log=folder / "plain.log", env=env) as server:
         http = httpx.Client(base_url=server.url, timeout=600.0, trust_env=False)
         with ThreadPoolExecutor(8) as pool:
-            replies = list(pool.map(lambda task: ask(http, task), exact))
+            replies = list(pool.map(lambda task: exchange(http, task), exact))
     return {task.number: reply for task, reply in zip(exact, replies, strict=True)}
 
 
@@ -330,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="length of the load (%(default)s)")
-    parser.add_argument("--tasks", type=int, default=102, help="different requests (%(default)s)")
+    parser.add_argument("--tasks", type=int, default=138, help="different requests (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the requests and their order (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/soak"), help="logs (%(default)s)")
     parser.add_argument("--report", type=Path, default=Path("docs/soak.md"), help="%(default)s and .json")

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import httpx
@@ -50,7 +51,27 @@ KINDS: dict[str, dict[str, Any]] = {
     "logprobs": {},
     "seeded": SAMPLED,
     "unseeded": SAMPLED,
+    "forbidding processor": {"custom_params": {"token_ids": [28, 30, 198, 253]}},
+    "processor that reads the text": {"custom_params": {"ngram_size": 3, "window_size": 60}},
+    "two samples": SAMPLED | {"n": 2},
+    "tool call": {},
+    "session": {},
+    "streaming session": {},
 }
+#: Asked by ``soak_talk``, whole.
+TALKS = ("two samples", "tool call", "session", "streaming session")
+_SEEDED = ("seeded", "two samples")
+
+
+@cache
+def _processors() -> dict[str, str]:
+    """SGLang's own, as a request names them."""
+    from sglang.srt.sampling import custom_logit_processor as theirs
+
+    return {
+        "forbidding processor": theirs.DisallowedTokensLogitsProcessor.to_str(),
+        "processor that reads the text": theirs.DeepseekOCRNoRepeatNGramLogitProcessor.to_str(),
+    }
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,15 @@ class Task:
         body: dict[str, Any] = {"input_ids": list(self.ids), "sampling_params": self.params}
         if self.kind == "logprobs":
             body |= {"return_logprob": True, "top_logprobs_num": 2}
+        if self.kind in _processors():
+            body["custom_logit_processor"] = _processors()[self.kind]
         return body
+
+    @property
+    def most(self) -> int:
+        """Tokens that an answer can have."""
+        limit = self.params["max_new_tokens"]
+        return 2 * limit if self.kind in TALKS and self.kind != "tool call" else limit
 
 
 @dataclass(frozen=True)
@@ -122,13 +151,18 @@ def make_tasks(tokenizer: Any, prompts: Sequence[Prompt], count: int, seed: int)
         )
         params = {"temperature": 0, "max_new_tokens": draw.choice((1, 2, 7, 16, 24, 48))} | KINDS[kind]
         params["max_new_tokens"] = max(params["max_new_tokens"], params.get("min_new_tokens", 0))
-        if kind == "seeded":
+        if kind in _SEEDED:
             params["sampling_seed"] = draw.randrange(1 << 31)
         tasks.append(Task(number, kind, word, tuple(ids), params))
     return tasks
 
 
-def _answer(reply: dict[str, Any], **more: bool) -> Answer:
+def answer_of(reply: dict[str, Any], **more: bool) -> Answer:
+    """Of a reply of ``/generate``.
+
+    Args:
+        more: fields of ``Answer``.
+    """
     meta = reply["meta_info"]
     return Answer(
         ids=list(reply["output_ids"]),
@@ -157,7 +191,7 @@ def ask(http: httpx.Client, task: Task, how: How = "whole", after: int = 3) -> A
     if how == "whole":
         reply = http.post("/generate", json=task.body())
         reply.raise_for_status()
-        return _answer(reply.json())
+        return answer_of(reply.json())
     rid = f"soak-{task.number}-{time.monotonic_ns()}"
     last, chunks, orderly = NOTHING, 0, True
     with http.stream("POST", "/generate", json=task.body() | {"stream": True, "rid": rid}) as stream:
@@ -168,7 +202,7 @@ def ask(http: httpx.Client, task: Task, how: How = "whole", after: int = 3) -> A
             data = json.loads(line.removeprefix("data: "))
             if "error" in data:
                 raise httpx.RemoteProtocolError(str(data["error"]))
-            answer = _answer(data)
+            answer = answer_of(data)
             # A trailing piece of a character is replaced when the rest arrives.
             orderly &= answer.text.startswith(last.text.rstrip("\ufffd"))
             orderly &= answer.ids[: len(last.ids)] == last.ids
@@ -203,7 +237,7 @@ def differences(task: Task, got: Answer, want: Answer | None) -> list[str]:
         found.append("a streamed chunk took back or repeated text")
     if got.whole and got.tokens != len(got.ids):
         found.append(f"usage says {got.tokens} tokens, {len(got.ids)} came")
-    limit = task.params["max_new_tokens"]
+    limit = task.most
     # SGLang does not cut an aborted answer at max_new_tokens (``Req.update_finish_state``): the last
     # step's accepted tokens are all there, and still the target's own.
     over = 0 if got.whole else _LONGEST_RUN
