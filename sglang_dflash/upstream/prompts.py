@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import SessionParams
-from sglang.srt.runtime_context import get_exec
+from sglang.srt.runtime_context import get_exec, get_spec
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 _INT32_MAX = 2**31 - 1
+#: What a request can ask back that a pass over a tree does not give as SGLang reads it: rows are by node, or
+#: by the slot that a node had before the accepted path was moved.
+_NOT_OF_TREES = ("return_hidden_states", "return_sampling_mask", "return_routed_experts")
 
 
 def validate_one_request(original: Callable, self: Any, obj: Any, input_ids: list[int] | None) -> Any:
@@ -29,6 +32,7 @@ def validate_one_request(original: Callable, self: Any, obj: Any, input_ids: lis
         ValueError: SGLang's way to answer 400; the message names the cause.
     """
     check_parameters(obj, self.model_config)
+    check_served(obj)
     in_session = getattr(obj, "session_params", None) is not None
     embeds = getattr(obj, "input_embeds", None)
     if embeds is not None:
@@ -81,6 +85,21 @@ def check_embeds(embeds: Any, config: Any, context_len: int) -> None:
     # One NaN would stay in the KV cache, beyond its request.
     if not np.all(np.abs(values) <= torch.finfo(config.dtype).max):
         raise ValueError(f"input_embeds holds a number that is NaN or out of {config.dtype}'s range.")
+
+
+def _trees_serve() -> bool:
+    # Under SGLang's chain nothing of this module is installed.
+    return get_spec().speculative_algorithm == "DFLASH"
+
+
+def check_served(obj: Any) -> None:
+    """Raise ValueError for what draft trees do not give back; SGLang would leave it out, or answer 500."""
+    for name in _NOT_OF_TREES:
+        if getattr(obj, name, None) and _trees_serve():
+            raise ValueError(
+                f"draft trees do not serve {name}; leave it out, or ask a server with "
+                "SGLANG_DFLASH_MODE=chain or without a drafter."
+            )
 
 
 def check_parameters(obj: Any, config: Any) -> None:

@@ -43,6 +43,25 @@ def test_ids_refused(ids: list[int], words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("return_hidden_states", True),
+        ("return_hidden_states", "last"),
+        ("return_sampling_mask", True),
+        ("return_routed_experts", True),
+    ],
+)
+def test_what_trees_do_not_give_back(monkeypatch: pytest.MonkeyPatch, field: str, value: Any) -> None:
+    serving = SimpleNamespace(speculative_algorithm="DFLASH")
+    monkeypatch.setattr(prompts, "get_spec", lambda: serving)
+    with pytest.raises(ValueError, match=f"draft trees do not serve {field}"):
+        validate(request(**{field: value}), [1, 2])
+    assert validate(request(**{field: False}), [1, 2]) == "upstream's answer"
+    serving.speculative_algorithm = None
+    assert validate(request(**{field: value}), [1, 2]) == "upstream's answer"
+
+
+@pytest.mark.parametrize(
     ("embeds", "words"),
     [
         ([[0.5] * 10], "rows of 3 numbers"),

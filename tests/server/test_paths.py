@@ -197,6 +197,8 @@ def test_bad_requests_get_an_http_error_and_the_server_lives(narrow: Client) -> 
         {"sampling_params": {"stop_regex": "("}},
         {"return_logprob": True, "top_logprobs_num": 99999},
         {"positional_embed_overrides": [1]},
+        {"return_sampling_mask": True, "sampling_params": {"top_k": 1}},
+        {"return_routed_experts": True},
     ):
         bad = narrow.http.post("/generate", json={"input_ids": [5]} | more)
         assert bad.status_code == 400, more
