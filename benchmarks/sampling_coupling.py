@@ -109,7 +109,8 @@ def draft(
         noise = StepNoise(torch.full_like(prefix, seed), prefix, c.block)
         race = race_for(noise, params, depth, target.vocab)
         values, ids, _ = draft_topk(rows, target.head, POOL, race=race)
-        parts["coupled"].append(couple(values, ids, race, params.per_row(depth), TOP))
+        found = couple(values, ids, race, params.per_row(depth), TOP)
+        parts["coupled"].append((found.chances, found.ids))
     for method, found in parts.items():
         if found:
             logprobs, ids = (torch.cat(t).view(len(places), depth, -1) for t in zip(*found, strict=True))

@@ -39,6 +39,8 @@ class DFlashSection(BaseModel):
     projector_type: str | None = None
     selector_rank: int = 0
     selector_top_k: int = 0
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
     conv_kernel_size: int = 0
     conv_group_size: int = 0
     attention_sink_bias: bool = False
@@ -49,6 +51,11 @@ class DFlashSection(BaseModel):
     lilicorr: Any = None
     query_zero_predicts_next: bool | None = None
     sample_from_anchor: bool | None = None
+
+    @property
+    def reshapes_logits(self) -> bool:
+        """A selector adds to logits that are not the head's own."""
+        return bool(self.selector_rank and (self.output_multiplier != 1.0 or self.final_logit_softcapping))
 
 
 class DrafterConfig(BaseModel):

@@ -10,6 +10,7 @@ from sglang_dflash.drafter.config import DrafterConfig, read_config
 from sglang_dflash.drafter.expected import DENSE_DTYPES, canonical, packed, passed_over, stored, wanted
 from sglang_dflash.drafter.tensors import TensorEntry, read_tensors
 from sglang_dflash.errors import UserError
+from sglang_dflash.settings import MAX_CANDIDATES
 
 logger = logging.getLogger("sglang_dflash")
 
@@ -59,10 +60,27 @@ def _check_target(config: DrafterConfig, target: Any, target_name: str) -> None:
             f"the drafter was made for a vocabulary of {config.vocab_size}, {target_name} has "
             f"{target.vocab_size}; use the drafter trained for this target"
         )
+    if dflash.selector_rank:
+        _check_selector(config, target, target_name)
     if dflash.mask_token_id is not None and not 0 <= dflash.mask_token_id < target.vocab_size:
         raise UserError(
             f"the drafter's mask_token_id {dflash.mask_token_id} is outside {target_name}'s vocabulary "
             f"of {target.vocab_size}"
+        )
+
+
+def _check_selector(config: DrafterConfig, target: Any, target_name: str) -> None:
+    """Its tables have a row for every candidate, and it orders no more than the kernels find."""
+    rows, top = config.vocab_size or 0, config.dflash_config.selector_top_k
+    if rows < target.vocab_size:
+        raise UserError(
+            f"the drafter's selector has rows for {rows} tokens, {target_name} has {target.vocab_size}; "
+            "use the drafter trained for this target"
+        )
+    if not 1 <= top <= MAX_CANDIDATES:
+        raise UserError(
+            f"the drafter's selector orders {top} candidates (selector_top_k), the kernels find 1 to "
+            f"{MAX_CANDIDATES}; use another drafter"
         )
 
 

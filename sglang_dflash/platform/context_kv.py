@@ -65,8 +65,10 @@ class PackedContextKV:
 
 def fits(model: Any) -> bool:
     """Whether a drafter's layers are of the kind that :class:`PackedContextKV` computes."""
-    if type(model) is not DFlashDraftModel or not getattr(model, "supports_fused_context_kv", True):
+    if not isinstance(model, DFlashDraftModel) or not getattr(model, "supports_fused_context_kv", True):
         return False
+    if type(model).prepare_context_hidden_for_kv is not DFlashDraftModel.prepare_context_hidden_for_kv:
+        return False  # every layer reads a context of its own
     attentions = [layer.self_attn for layer in model.layers]
     if not attentions:
         return False

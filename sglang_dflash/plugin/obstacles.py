@@ -74,8 +74,7 @@ def _other_head(facts: Facts) -> bool:
     """A drafter that chooses its tokens by another rule than the head's probabilities."""
     drafter = facts.drafter
     return bool(
-        drafter.dflash_config.selector_rank
-        or drafter.dflash_config.lilicorr
+        drafter.dflash_config.lilicorr
         or "LiLiCorrDraftModel" in drafter.architectures
         or drafter.dflash_config.projector_type in ("domino", "lilicorr")
     )
@@ -121,9 +120,14 @@ OBSTACLES = (
         lambda facts: facts.cfg.kv_cache_dtype not in KV_DTYPES,
     ),
     Obstacle(
-        "drafters with a DFlash 2 selector, Domino or LiLiCorr head",
-        "use a plain DFlash drafter",
+        "drafters with a Domino or LiLiCorr head",
+        "use a DFlash or DFlash 2 drafter",
         _other_head,
+    ),
+    Obstacle(
+        "selectors over logits that the drafter scales or caps",
+        "use a drafter without output_multiplier and final_logit_softcapping",
+        lambda facts: facts.drafter.dflash_config.reshapes_logits,
     ),
     Obstacle(
         "quantised drafters on a CPU (SGLang's kernels for them need a GPU)",

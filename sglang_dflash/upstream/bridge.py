@@ -91,6 +91,7 @@ class Bridge:
         self.drafter._extend_forward_kwargs = MethodType(in_own_dtype(plain), self.drafter)
         self.tree_buffers: TreeBuffers | None = None
         self._block_infos: dict[int, DFlashVerifyInput] = {}
+        self._block: int | None = None
         self._target_tiers: Tiers = no_tiers
         self._drafter_tiers: Tiers = no_tiers
 
@@ -159,7 +160,7 @@ class Bridge:
         if self.drafter.decode_cuda_graph_runner is not None:
             drafter = GraphTiers(self.drafter, width.block, prepare(self.drafter))
             with draft_pp_context(), draft_tp_context(self.worker.draft_parallel_layout):
-                drafter.capture(blocks)
+                drafter.capture(blocks, before=self._follow_block)
             self._drafter_tiers = drafter.of
         return target.captured
 
@@ -268,6 +269,7 @@ class Bridge:
     def run_drafter(self, batch: Any, step: Step, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """One drafter pass over the block; hidden states [bs, B, H] after its last norm."""
         bs, block = ids.shape
+        self._follow_block(block)
         embeds = self.embed(ids)
         host_lens, host_sum = step.host_bound(block)
         forward = ForwardBatch(
@@ -302,6 +304,17 @@ class Bridge:
         if hidden is None:
             raise RuntimeError("SGLang's drafter returned no hidden states for the draft block")
         return hidden.view(bs, block, -1)
+
+    def selector(self) -> Any | None:
+        """SGLang's ``CandidateSelector`` of a DFlash 2 drafter; None of another."""
+        return getattr(self.worker.draft_model, "candidate_selector", None)
+
+    def _follow_block(self, block: int) -> None:
+        """Tell a drafter's grouped convolutions how many rows a request has."""
+        model = self.worker.draft_model
+        if self._block != block and any(layer.attention_conv is not None for layer in model.layers):
+            model.set_block_size(block)
+        self._block = block
 
     def vocab_size(self) -> int:
         """V, rows of the whole head that are real tokens."""

@@ -49,8 +49,11 @@ class GraphTiers:
         """Rows per request -> batch sizes with a graph, ascending."""
         return {rows: tuple(sorted(tier.graphs.capture_bs)) for rows, tier in self._tiers.items()}
 
-    def capture(self, widths: Sequence[int]) -> None:
-        """Capture a graph for each of ``widths`` rows, the first ones first, while memory lasts."""
+    def capture(self, widths: Sequence[int], before: Callable[[int], None] | None = None) -> None:
+        """Capture a graph for each of ``widths`` rows, the first ones first, while memory lasts.
+
+        ``before`` is called with each width: what the model is to know of it is captured too.
+        """
         for rows in widths:
             if rows in self._tiers:
                 continue
@@ -63,6 +66,8 @@ class GraphTiers:
                     free / 2**30,
                 )
                 return
+            if before is not None:
+                before(rows)
             with get_spec().override(speculative_num_draft_tokens=rows):
                 backend = self.runner._get_attention_backend(init_new_workspace=True)
                 self._prepare(backend)

@@ -151,7 +151,8 @@ def test_a_plain_server_is_served() -> None:
         ({"kv_cache_dtype": "mxfp8"}, "scales beside it"),
         ({"attn_temperature_len": 1024}, "Grok"),
         ({"dflash": {"projector_type": "domino"}}, "Domino"),
-        ({"dflash": {"selector_rank": 256}}, "selector"),
+        ({"dflash": {"selector_rank": 256, "output_multiplier": 2.0}}, "scales or caps"),
+        ({"dflash": {"selector_rank": 256, "final_logit_softcapping": 30.0}}, "scales or caps"),
         ({"dflash": {"lilicorr": {}, "projector_type": "lilicorr"}}, "LiLiCorr"),
     ],
 )

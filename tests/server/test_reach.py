@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests import field, tiny
 from tests.server.support import Client, Request, Serving, dflash_args, tiny_args
@@ -80,3 +82,38 @@ def test_where_trees_cannot_serve_a_cpu_decodes_plainly(
     assert lines[0].endswith("for trees leave out --speculative-draft-window-size")
     want = tiny_plain.generate(REQUESTS, 2)
     assert [reply["output_ids"] for reply in got] == [reply["output_ids"] for reply in want]
+
+
+@pytest.mark.slow
+def test_a_selector_drafter_with_convolutions(
+    serving: Serving, tiny_pair: tuple[Path, Path], tiny_plain: Client, tmp_path: Path
+) -> None:
+    """Qwen3.8-27B-DFlash2's layout over the tiny target, its tables and kernels random and not zero."""
+    target, _ = tiny_pair
+    published = next(entry for entry in field.ENTRIES if entry["name"] == "Qwen3.8-27B-DFlash2")["config"]
+    section = {**published["dflash_config"], "target_layer_ids": [0, 1, 2], "conv_group_size": 16}
+    folder = field.build_drafter(
+        tmp_path / "drafter", {**published, "dflash_config": section, "num_target_layers": 4}, 2
+    )
+    file = folder / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if "selector" in name or "conv" in name:
+            noise = torch.randn(weight.shape, generator=generator) * (1.0 if "selector" in name else 0.1)
+            weights[name] = (weight.float() + noise).to(weight.dtype)
+    save_file(weights, file)
+    requests = [Request(tuple(range(3 + i, 30 + i)), 40) for i in range(6)]
+    with serving("selector", tiny_args(target, *dflash_args(folder, 12))) as client:
+        marker = client.info().marker
+        assert marker is not None
+        assert marker.mode == "tree"
+        want = tiny_plain.generate(requests, 2, ignore_eos=True)
+        for setting in ("fixed", "random:4"):
+            with client.width(setting):
+                got = client.generate(requests, 3, ignore_eos=True)
+            assert [reply["output_ids"] for reply in got] == [reply["output_ids"] for reply in want]
+        seeded = {"temperature": 0.8, "sampling_seed": 11, "ignore_eos": True}
+        sampled = [reply["output_ids"] for reply in client.generate(requests, 3, **seeded)]
+        assert sampled == [reply["output_ids"] for reply in tiny_plain.generate(requests, 2, **seeded)]
+        assert client.info().marker.model_extra["drafter_fallbacks"] == 0  # type: ignore[union-attr,index]

@@ -24,6 +24,9 @@ class Bridge:
         rows = torch.nn.functional.one_hot(torch.arange(10, 10 + BLOCK), VOCAB).float()
         return rows.expand(ids.shape[0], -1, -1)
 
+    def selector(self) -> None:
+        return None
+
     def head_topk(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         return hidden.log_softmax(-1).topk(k)
 

@@ -9,6 +9,7 @@ import torch
 from dflash_kernels import Chain, build_tree
 
 from sglang_dflash.worker.draft import Candidates
+from sglang_dflash.worker.draft.selector import edges_of
 from sglang_dflash.worker.tree.reach import reach
 
 
@@ -89,3 +90,23 @@ def test_recalled_nodes_count_by_their_own_probabilities() -> None:
     other = expected(candidates, 1, 9)
     assert got[1].tolist() == pytest.approx([a + b for a, b in zip(sums, other, strict=True)], abs=1e-5)
     assert float(got[0, 0]) == pytest.approx(math.exp(-0.1) + float(candidates.logprobs[1, 0, 0].exp()))
+
+
+def test_nodes_of_a_selector_count_given_their_parents() -> None:
+    plain = drafted(2, 3, 4, seed=9)
+    g = torch.Generator().manual_seed(1)
+    edges = edges_of(plain.logprobs, torch.randn(2, 3, 4, 4, generator=g))
+    edges[:, 0] = edges[:, 0, :1]
+    candidates = Candidates(plain.logprobs, plain.ids, edges)
+    tree = build_tree(
+        torch.full((2,), 99), candidates.logprobs, candidates.ids, num_nodes=10, edges=candidates.edges
+    )
+    want = [0.0] * 3
+    for row in range(2):
+        rank, chance = {0: 0}, {0: 1.0}
+        for node in range(1, 10):
+            depth, parent = int(tree.depth[row, node]), int(tree.parents[row, node])
+            rank[node] = candidates.ids[row, depth - 1].tolist().index(int(tree.tokens[row, node]))
+            chance[node] = chance[parent] * float(edges[row, depth - 1, rank[parent], rank[node]].exp())
+            want[depth - 1] += chance[node]
+    assert reach(tree, candidates, [10], None)[0, 0].tolist() == pytest.approx(want, abs=1e-5)

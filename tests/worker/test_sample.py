@@ -175,8 +175,8 @@ def coupled_candidates(
     # A head of the identity: hidden states are the logits.
     hidden = drafted.repeat(bs, 1)
     values, ids, _ = draft_topk(hidden, torch.eye(vocab), min(vocab, POOL), race=race)
-    logprobs, ids = couple(values, ids, race, settings.per_row(depth), top)
-    return logprobs.view(bs, depth, top), ids.view(bs, depth, top)
+    found = couple(values, ids, race, settings.per_row(depth), top)
+    return found.chances.view(bs, depth, top), found.ids.view(bs, depth, top)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.2}], ids=str)

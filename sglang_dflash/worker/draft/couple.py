@@ -11,6 +11,7 @@ docs/sampling.md.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from dflash_kernels import Race
@@ -41,9 +42,30 @@ def race_for(noise: StepNoise, params: SamplingParams, depth: int, vocab: int) -
     )
 
 
-def couple(
-    values: torch.Tensor, ids: torch.Tensor, race: Race, params: SamplingParams, top: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass
+class Coupled:
+    """Candidates of rows, the likeliest to be the sample first.
+
+    Attributes:
+        chances: float32 [rows, K], log; greedy rows keep the drafter's own log-probabilities.
+        ids: int64 [rows, K].
+        log_q: float32 [rows, K], tempered and filtered log-probabilities.
+        gumbel: float32 [rows, K], the noise.
+    """
+
+    chances: torch.Tensor
+    ids: torch.Tensor
+    log_q: torch.Tensor
+    gumbel: torch.Tensor
+
+
+def mixture(log_q: torch.Tensor, gumbel: torch.Tensor) -> torch.Tensor:
+    """Log of each candidate's (last dimension) chance to be the sample."""
+    coupled = (SHARPNESS * (log_q + gumbel)).log_softmax(dim=-1)
+    return torch.logaddexp(coupled + math.log1p(-UNCOUPLED), log_q + math.log(UNCOUPLED))
+
+
+def couple(values: torch.Tensor, ids: torch.Tensor, race: Race, params: SamplingParams, top: int) -> Coupled:
     """Chances of the best ``top`` candidates of each row.
 
     Args:
@@ -52,9 +74,6 @@ def couple(
         ids: int64 [rows, P].
         params: per row.
 
-    Returns:
-        Log-probabilities float32 [rows, top], descending, and ids int64 [rows, top]. Greedy rows keep
-        the drafter's own.
     """
     gumbel = race.gumbel(ids)
     log_q = values - race.strength[:, None] * gumbel
@@ -64,9 +83,10 @@ def couple(
         log_q = log_q.masked_fill(~inside, float("-inf"))
         total = log_q.logsumexp(dim=1, keepdim=True)
         log_q = torch.where(race.strength[:, None] > 0, log_q, log_q - total)
-    coupled = (SHARPNESS * (log_q + gumbel)).log_softmax(dim=1)
-    chance = torch.logaddexp(coupled + math.log1p(-UNCOUPLED), log_q + math.log(UNCOUPLED))
     greedy = (params.top_k <= 1)[:, None]
-    chance = torch.where(greedy, values, chance)
+    chance = torch.where(greedy, values, mixture(log_q, gumbel))
     chance, order = chance.sort(dim=1, descending=True, stable=True)
-    return chance[:, :top].contiguous(), ids.gather(1, order[:, :top])
+    order = order[:, :top]
+    return Coupled(
+        chance[:, :top].contiguous(), ids.gather(1, order), log_q.gather(1, order), gumbel.gather(1, order)
+    )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_dflash.step.width import Step
-from sglang_dflash.worker.draft.couple import POOL, couple, race_for
+from sglang_dflash.worker.draft.couple import POOL, couple, mixture, race_for
+from sglang_dflash.worker.draft.selector import Selector, edges_of
 
 if TYPE_CHECKING:
     from sglang_dflash.upstream.bridge import Bridge
@@ -22,10 +23,13 @@ class Candidates:
         logprobs: float32 [bs, L, K], descending in K; log-softmax over the whole vocabulary, of a sampled
             request the log of each candidate's chance to be the sample (`couple`).
         ids: int64 [bs, L, K], token ids.
+        edges: float32 [bs, L, K, K], the same of each candidate (last) given each of the position before it, as
+            a selector sees it; None where positions are drafted without knowing of each other.
     """
 
     logprobs: torch.Tensor
     ids: torch.Tensor
+    edges: torch.Tensor | None = None
 
 
 class DraftStage:
@@ -43,7 +47,10 @@ class DraftStage:
     def __init__(self, bridge: Bridge, *, mask_token_id: int, top_k: int, anchor_first: bool = False) -> None:
         self.bridge = bridge
         self.mask_token_id = mask_token_id
-        self.top_k = top_k
+        module = bridge.selector()
+        self.selector = None if module is None else Selector(module)
+        # A selector has learned to order as many candidates as it was trained with.
+        self.top_k = top_k if self.selector is None else self.selector.top_k
         self.rows = slice(0, -1) if anchor_first else slice(1, None)
         self._ids: dict[int, torch.Tensor] = {}  # by block, [rows, B], the mask everywhere but in slot 0
 
@@ -68,15 +75,27 @@ class DraftStage:
         ids[:, 0].copy_(step.anchor)
         positions = step.prefix_lens[:, None] + torch.arange(block, device=device)
         hidden = self.bridge.run_drafter(batch, step, ids, positions)
-        logprobs, token_ids = self._candidates(step, hidden[:, self.rows].reshape(bs * step.width.depth, -1))
-        shape = (bs, step.width.depth, self.top_k)
-        return Candidates(logprobs.view(shape), token_ids.view(shape))
+        return self._candidates(step, hidden[:, self.rows])
 
-    def _candidates(self, step: Step, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K log-probabilities and ids of each row; where requests sample, chances of their samples."""
+    def _candidates(self, step: Step, hidden: torch.Tensor) -> Candidates:
+        """Of hidden [bs, L, H]; where requests sample, chances of their samples."""
+        shape = (*hidden.shape[:2], self.top_k)
+        rows = hidden.flatten(0, 1)
         if step.noise is None or step.sampling is None:
-            return self.bridge.head_topk(hidden, self.top_k)
+            logprobs, ids = self.bridge.head_topk(rows, self.top_k)
+            plain = Candidates(logprobs.view(shape), ids.view(shape))
+            if self.selector is not None:
+                plain.edges = edges_of(plain.logprobs, self.selector.pairs(step.anchor, plain.ids, hidden))
+            return plain
         depth, vocab = step.width.depth, self.bridge.vocab_size()
         race = race_for(step.noise, step.sampling, depth, vocab)
-        values, ids = self.bridge.head_topk(hidden, min(POOL, vocab), race)
-        return couple(values, ids, race, step.sampling.per_row(depth), min(self.top_k, ids.shape[1]))
+        values, ids = self.bridge.head_topk(rows, min(max(POOL, self.top_k), vocab), race)
+        params = step.sampling.per_row(depth)
+        found = couple(values, ids, race, params, min(self.top_k, ids.shape[1]))
+        drawn = Candidates(found.chances.view(shape), found.ids.view(shape))
+        if self.selector is not None:
+            pairs = self.selector.pairs(step.anchor, drawn.ids, hidden).flatten(0, 1)
+            log_q = edges_of(found.log_q, pairs / params.temperature.view(-1, 1, 1))
+            greedy = (params.top_k <= 1).view(-1, 1, 1)
+            drawn.edges = torch.where(greedy, log_q, mixture(log_q, found.gumbel[:, None])).view(*shape, -1)
+        return drawn

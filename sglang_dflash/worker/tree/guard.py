@@ -14,13 +14,19 @@ from sglang_dflash.worker.draft import Candidates
 
 def usable(candidates: Candidates) -> torch.Tensor:
     """bool [bs]: no NaN and no +inf among the request's log-probabilities; -inf is a zero probability."""
-    return (candidates.logprobs < float("inf")).flatten(1).all(1)
+    good = (candidates.logprobs < float("inf")).flatten(1).all(1)
+    if candidates.edges is None:
+        return good
+    return good & (candidates.edges < float("inf")).flatten(1).all(1)
 
 
 def silence(candidates: Candidates, good: torch.Tensor) -> Candidates:
     """The candidates with every broken request's log-probabilities at -inf, so that a tree can be built."""
     logprobs = torch.where(good[:, None, None], candidates.logprobs, float("-inf"))
-    return Candidates(logprobs, candidates.ids)
+    edges = candidates.edges
+    if edges is not None:
+        edges = torch.where(good[:, None, None, None], edges, float("-inf"))
+    return Candidates(logprobs, candidates.ids, edges)
 
 
 def cut(tree: DraftTree, good: torch.Tensor) -> None:

@@ -39,8 +39,10 @@ def reach(
     place = (tree.depth.long() - 1).clamp(min=0)
     at = place.clamp(max=depths - 1)[:, :, None].expand(-1, -1, top)
     mine = (candidates.ids.gather(1, at) == tree.tokens[:, :, None]) & (place < depths)[:, :, None]
-    logprobs = candidates.logprobs.gather(1, at).clamp(min=_NEVER).masked_fill(~mine, 0.0).sum(2)
     known = mine.any(2)
+    logprobs = candidates.logprobs.gather(1, at).clamp(min=_NEVER).masked_fill(~mine, 0.0).sum(2)
+    if candidates.edges is not None:
+        logprobs = torch.where(_given(tree, known), _by_edges(tree, candidates, mine, at), logprobs)
     lineage = ancestor_mask(tree.ancestors, nodes).float()
     if chain is not None:
         on, said = _recalled(tree, chain, place, lineage)
@@ -79,3 +81,24 @@ def _recalled(
     same[:, 0] = True
     strangers = lineage @ (~same).float()[:, :, None]  # on the way from the root
     return strangers[:, :, 0] == 0, said.clamp(min=_NEVER)
+
+
+def _given(tree: DraftTree, known: torch.Tensor) -> torch.Tensor:
+    """bool [bs, N]: the node's parent is a candidate, or the root, so an edge leads to it."""
+    parents = tree.parents.long().clamp(min=0)
+    return known.gather(1, parents) | (tree.depth <= 1)
+
+
+def _by_edges(tree: DraftTree, candidates: Candidates, mine: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """float32 [bs, N]: each node's log-probability given its parent.
+
+    Args:
+        mine: bool [bs, N, K], which candidate a node is.
+        at: int64 [bs, N, K], its position.
+    """
+    assert candidates.edges is not None
+    bs, _, top = candidates.ids.shape
+    rank = mine.int().argmax(2)
+    above = rank.gather(1, tree.parents.long().clamp(min=0)).masked_fill(tree.depth <= 1, 0)
+    place = (at[:, :, 0] * top + above) * top + rank
+    return candidates.edges.reshape(bs, -1).gather(1, place).clamp(min=_NEVER)

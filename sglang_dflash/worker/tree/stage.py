@@ -82,6 +82,7 @@ class TreeStage:
             candidates.ids,
             num_nodes=step.width.nodes,
             depth_bonus=None if self.depth_bonus is None else self.depth_bonus[: step.width.depth],
+            edges=candidates.edges,
             chain=chain,
         )
         cut(tree, good)
