@@ -1,8 +1,8 @@
 """DFlash 2's selector: how well each candidate follows each candidate of the position before it.
 
 Its tables were trained beside the drafter; SGLang walks its scores greedily or by sampling
-(``models/dflash.py: CandidateSelector``). Here they become the edges of the lattice that a tree is built from,
-so a tree holds that walk and the next best ones.
+(``models/dflash.py: CandidateSelector``). Here they become the edges of the lattice that a tree is built
+from, so a tree holds that walk and the next best ones.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class Candidates:
         logprobs: float32 [bs, L, K], descending in K; log-softmax over the whole vocabulary, of a sampled
             request the log of each candidate's chance to be the sample (`couple`).
         ids: int64 [bs, L, K], token ids.
-        edges: float32 [bs, L, K, K], the same of each candidate (last) given each of the position before it, as
-            a selector sees it; None where positions are drafted without knowing of each other.
+        edges: float32 [bs, L, K, K], the same of each candidate (last) given each of the position before
+            it, as a selector sees it; None where positions are drafted without knowing of each other.
     """
 
     logprobs: torch.Tensor
