@@ -77,8 +77,15 @@ def plan(widest: Width, most_requests: int, longest: int, length: int = 256) -> 
         if cell not in cells:
             cells.append(cell)
 
+    def ask_greatest(loads: Sequence[int]) -> None:
+        for requests in loads:
+            for n in [n for n in main if n <= 4]:
+                ask("target", n, requests)
+            for b in sorted({2, widest.block}):
+                ask("draft", b, requests)
+
     # What decides whether to draft at all, at every load that is likely; then how wide; then the price by
-    # length; the greatest loads; and the tiers between at last.
+    # length; great loads; the tiers between; and at last the greatest loads, where one pass takes long.
     for requests, most in zip(loads[:3], (8, 4, 2), strict=False):
         for n in [n for n in main if n <= max(most, main[0])]:
             ask("target", n, requests)
@@ -93,14 +100,11 @@ def plan(widest: Width, most_requests: int, longest: int, length: int = 256) -> 
     for requests in loads[:3]:  # each takes a whole step
         ask("rest", 1, requests)
         ask("rest", min(4, widest.nodes), requests)
-    for requests in loads[3:]:
-        for n in [n for n in main if n <= 4]:
-            ask("target", n, requests)
-        for b in sorted({2, widest.block}):
-            ask("draft", b, requests)
+    ask_greatest(loads[3:4])
     for requests in sorted({min(r, most_requests) for r in (1, 2, 4, 8, 16, 32)}):
         for n in [n for n in tiers if n * requests <= 4 * widest.nodes]:
             ask("target", n, requests)
+    ask_greatest(loads[4:])
     return cells
 
 
