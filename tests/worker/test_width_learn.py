@@ -50,9 +50,9 @@ def test_the_table_says_what_steps_took() -> None:
 def test_one_rehearsed_step_fills_several_cells() -> None:
     machine = Machine()
     table = fill(machine)
-    both = [c for c in table.cells if (c.rows, c.requests, c.length) == (4, 1, 256) and c.what != "draft"]
+    both = [c for c in table.cells if (c.rows, c.requests, c.length) == (4, 1, 64) and c.what != "draft"]
     assert {c.what for c in both} == {"target", "rest"}
-    assert machine.ran[Width(4, 4), 1, 256] <= 13  # a warm-up and twelve runs, not twice that
+    assert machine.ran[Width(4, 4), 1, 64] <= 13  # a warm-up and twelve runs, not twice that
     assert all(not width.plain or width == PLAIN for width, _, _ in machine.ran)
 
 

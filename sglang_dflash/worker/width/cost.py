@@ -56,17 +56,18 @@ class Cell(BaseModel):
     ms: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
-def plan(widest: Width, most_requests: int, longest: int, length: int = 256) -> list[Cell]:
+def plan(widest: Width, most_requests: int, longest: int, length: int = 64) -> list[Cell]:
     """What to measure at start, the most important first: a caller may stop anywhere.
 
     Args:
         widest: the greatest n and b.
         most_requests: the greatest batch.
         longest: the greatest context; a pass's price by length is taken from two lengths.
-        length: cached tokens that most cells are measured at.
+        length: cached tokens that most cells are measured at: few, for the price of more is not a line, and
+            what lies between two lengths is known better than what lies below both.
     """
-    near = max(1, min(length, longest // 4))
-    far = min(4 * near, longest)
+    near = max(1, min(length, longest // 16))
+    far = min(16 * near, longest)
     loads = sorted({min(r, most_requests) for r in (1, 4, 16, 64, 256, most_requests)})
     tiers = [n for n in TIERS if n < widest.nodes] + [widest.nodes]
     main = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < widest.nodes] + [widest.nodes]
