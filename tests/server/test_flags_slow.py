@@ -12,6 +12,7 @@ import pytest
 
 from tests.server import logit_processors as those
 from tests.server.support import (
+    PINNED,
     Client,
     Pair,
     Request,
@@ -85,8 +86,9 @@ def test_chunks_mixed_batches_and_retraction(
         assert all(reply["output_ids"] not in likeliest for reply in want[:2]), "nothing was sampled"
     meta = [reply["meta_info"] for reply in got]
     log = tight.server.output()
-    assert "KV cache pool is full. Retract requests." in log
-    assert sum(entry["num_retractions"] for entry in meta) >= 2
+    if PINNED == "fixed":  # else steps narrow to plain ones, and nobody is retracted
+        assert "KV cache pool is full. Retract requests." in log
+        assert sum(entry["num_retractions"] for entry in meta) >= 2
     assert "#new-token: 16," in log, "no prompt was cut into chunks"
     # Tokens of mixed batches are nobody's draft and nobody's bonus (the last step's surplus aside).
     undrafted = [

@@ -17,6 +17,7 @@ from sglang_dflash.client.ports import free_port
 from sglang_dflash.client.server import wait_ready
 from sglang_dflash.platform.threads import allowed_cpus
 from tests.server.support import (
+    PINNED,
     Client,
     Pair,
     Request,
@@ -69,6 +70,7 @@ def test_two_ranks_say_what_one_says(params: dict[str, Any], two: Client, tiny_p
     print(f"accept length {accept_length(got):.2f}")
 
 
+@pytest.mark.skipif(PINNED != "fixed", reason="at random widths no two servers take the same steps")
 def test_the_head_is_sharded_and_the_drafter_proposes(two: Client, tiny_tree: Client) -> None:
     """Without told answers both draft from their own drafter; one rank and two give the same steps."""
     one = tiny_tree.post_all(bodies(), 1)

@@ -93,7 +93,7 @@ def test_a_selector_drafter_with_convolutions(
     published = next(entry for entry in field.ENTRIES if entry["name"] == "Qwen3.8-27B-DFlash2")["config"]
     section = {**published["dflash_config"], "target_layer_ids": [0, 1, 2], "conv_group_size": 16}
     folder = field.build_drafter(
-        tmp_path / "drafter", {**published, "dflash_config": section, "num_target_layers": 4}, 2
+        tmp_path / "drafter", {**published, "dflash_config": section, "num_target_layers": 4}, 4
     )
     file = folder / "model.safetensors"
     generator = torch.Generator().manual_seed(0)
