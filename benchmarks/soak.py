@@ -148,6 +148,7 @@ class Soak:
         report.tokens += len(got.ids)
         report.compared += task.number in self.answers
         report.aborts += not got.whole
+        report.retractions += got.retractions
 
     def show(self, line: str) -> None:
         if len(self.report.shown) < SHOWN:
@@ -292,7 +293,6 @@ def finish(server: Server, soak: Soak, report: Report, warm_rss: float, log_star
     report.leaks += leaks(report.start, warm_rss or report.start["rss_mb"], report.end)
     metrics = read_metrics(server.url)
     report.drafter_faults = int(metrics.total("sglang_dflash:drafter_fallbacks_total"))
-    report.retractions = int(metrics.total("sglang:num_retracted_requests_total"))
     steps = metrics.total("sglang_dflash:accept_length_count")
     report.accept_length = metrics.total("sglang_dflash:accept_length_sum") / max(steps, 1)
     found = bad_lines(server.output()[log_start:])
@@ -316,7 +316,7 @@ def markdown(report: Report) -> str:
         "cross-talk (another request's word)": report.cross_talk,
         "broken off by the client or aborted": report.aborts,
         "request steps whose draft was made to fail": report.drafter_faults,
-        "requests retracted for want of KV": report.retractions,
+        "retractions of a request, for want of KV or with all that ran": report.retractions,
         "HTTP errors": report.errors,
         "log lines at ERROR or above": report.log_errors,
         "leaks": len(report.leaks),
@@ -336,6 +336,7 @@ def markdown(report: Report) -> str:
         "| --- | ---: |",
         *(f"| {name} | {value} |" for name, value in rows.items()),
         "",
+        f"Every {RETRACT_SECONDS:.0f} s all that runs loses its KV and is read again with what it has said. "
         "Every answer but those sampled without a seed is compared with plain decoding's, token for token; "
         "of a broken-off one what came is. Memory may grow by "
         f"{RSS_BOUND >> 20} MiB over the server's processes after the first fifth of the run.",

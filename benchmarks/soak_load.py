@@ -111,6 +111,7 @@ class Answer:
     Attributes:
         whole: False when this side broke it off.
         orderly: no streamed chunk took back or repeated text of the one before.
+        retractions: how often its KV was taken while it ran.
     """
 
     ids: list[int]
@@ -121,6 +122,7 @@ class Answer:
     logprobs: list[float]
     whole: bool = True
     orderly: bool = True
+    retractions: int = 0
 
 
 def nonsense(draw: random.Random) -> str:
@@ -171,6 +173,7 @@ def answer_of(reply: dict[str, Any], **more: bool) -> Answer:
         tokens=int(meta["completion_tokens"]),
         passes=int(meta.get("spec_verify_ct") or 0),
         logprobs=[float(entry[0]) for entry in meta.get("output_token_logprobs") or []],
+        retractions=int(meta.get("num_retractions") or 0),
         **more,
     )
 
@@ -221,6 +224,7 @@ def ask(http: httpx.Client, task: Task, how: How = "whole", after: int = 3) -> A
         last.logprobs,
         whole=whole,
         orderly=orderly,
+        retractions=last.retractions,
     )
 
 

@@ -47,6 +47,7 @@ def joined(parts: list[Answer]) -> Answer:
         tokens=sum(part.tokens for part in parts),
         passes=sum(part.passes for part in parts),
         logprobs=[],
+        retractions=sum(part.retractions for part in parts),
     )
 
 
