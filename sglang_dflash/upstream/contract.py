@@ -138,10 +138,7 @@ WORKER: dict[str, tuple[str, ...]] = {
         "bonus_tokens",
         "new_seq_lens",
     ),
-    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._init_fused_kv_helper": ("self",),
-    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._append_target_hidden_fused": (
-        *("self", "ctx_hidden", "ctx_positions", "ctx_cache_loc", "ctx_cache_loc_2d", "commit_lens"),
-    ),
+    "sglang.srt.models.dflash.DFlashAttention.kv_proj_only": ("self", "hidden_states"),
     "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._append_target_hidden_to_draft_kv_by_loc": (
         "self",
         "target_hidden",

@@ -1,4 +1,4 @@
-"""The drafter's KV cache: what fills it on a CPU, and cleaning it of what is not a number."""
+"""The drafter's KV cache, cleaned of what is not a number."""
 
 from __future__ import annotations
 
@@ -7,19 +7,9 @@ from typing import Any
 
 import torch
 
-from sglang_dflash.platform.context_kv import PackedContextKV, fits
-
 logger = logging.getLogger("sglang_dflash")
 
 _CLEANED = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def context_kv(worker: Any) -> PackedContextKV | None:
-    """What projects the target's features for SGLang's worker on our CPU platform; None elsewhere, and for
-    drafters whose layers it does not know."""
-    if torch.device(worker.device).type != "cpu" or not fits(worker.draft_model):
-        return None
-    return PackedContextKV(list(worker.draft_model.layers))
 
 
 def clean_drafter_cache(runner: Any) -> None:

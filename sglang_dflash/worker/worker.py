@@ -19,7 +19,7 @@ from sglang_dflash.step.width import Step, Width
 from sglang_dflash.upstream.adjust import Adjustments
 from sglang_dflash.upstream.bridge import Bridge, refuse_unserved
 from sglang_dflash.upstream.contract import check_worker
-from sglang_dflash.upstream.drafter_cache import clean_drafter_cache, context_kv
+from sglang_dflash.upstream.drafter_cache import clean_drafter_cache
 from sglang_dflash.upstream.handover import receive
 from sglang_dflash.upstream.rehearsal import rehearsal
 from sglang_dflash.upstream.requests import sampled_rows
@@ -58,8 +58,6 @@ class TreeWorker(DFlashWorkerV2):
         refuse_unserved(kwargs.get("target_worker", args[-1] if args else None))
         with self._drafter_width():
             super().__init__(*args, **kwargs)
-        if not self._use_fused_kv_materialize:
-            self._init_fused_kv_helper()
         self.speculative_num_draft_tokens = self.max_width.nodes
 
         settings = get_settings()
@@ -126,14 +124,6 @@ class TreeWorker(DFlashWorkerV2):
         self.steps = 0  # rehearsed ones do not count
         serve(self.width)
         return result
-
-    def _init_fused_kv_helper(self) -> None:
-        """Upstream's helper is a CUDA kernel; a CPU has one of its own."""
-        helper = context_kv(self)
-        if helper is not None:
-            self._fused_kv_helper, self._use_fused_kv_materialize = helper, True
-        elif self._use_fused_kv_materialize:
-            super()._init_fused_kv_helper()
 
     def _maybe_build_draft_sampler(self) -> None:
         """Upstream folds an argmax into the drafter's graph; a tree needs the top K instead."""

@@ -8,10 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.models.dflash import DFlashAttention
 
 from sglang_dflash.platform import fused_ops
 from sglang_dflash.platform.hashing import murmur_hash32
-from sglang_dflash.platform.linear import PackedHeadMethod, head_logits, invariant_rows, pack, packed_linear
+from sglang_dflash.platform.linear import (
+    PackedHeadMethod,
+    PackedKV,
+    head_logits,
+    invariant_rows,
+    pack,
+    pack_model,
+    packed_linear,
+)
 
 SHAPES = [(576, 960), (1536, 576), (64, 33)]
 
@@ -180,3 +190,30 @@ def test_eager_repetition_penalty_equals_sglangs() -> None:
     fused_ops.apply_scaling_penalties(got, scales)
     assert torch.equal(got, want)
     assert not torch.equal(got, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_drafters_context_is_projected_as_sglang_does(dtype: torch.dtype) -> None:
+    """K and V come from a packed part of the fused weight."""
+    heads, dim, hidden = 3, 16, 96
+
+    class Attention(torch.nn.Module):
+        q_size, kv_size, v_scale = 4 * heads * dim, heads * dim, None
+        kv_proj_only = DFlashAttention.kv_proj_only
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv_proj = torch.nn.Module()
+            self.qkv_proj.weight = torch.nn.Parameter(
+                (torch.randn(6 * heads * dim, hidden) * hidden**-0.5).to(dtype), requires_grad=False
+            )
+            self.qkv_proj.bias, self.qkv_proj.quant_method = None, UnquantizedLinearMethod()
+
+    attn = Attention()
+    x = torch.randn(5, hidden).to(dtype)
+    want = attn.kv_proj_only(x)
+    pack_model(attn)
+    assert isinstance(attn.kv_proj_only, PackedKV)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for got, right in zip(attn.kv_proj_only(x), want, strict=True):
+        torch.testing.assert_close(got, right, atol=tolerance, rtol=tolerance)

@@ -7,10 +7,9 @@ the drafter's K and V of the text so far are written down too.
 
 from __future__ import annotations
 
-import gc
+import inspect
 import itertools
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,19 @@ import torch
 
 from sglang_dflash.step.width import Step
 from sglang_dflash.worker.draft import Candidates
-from sglang_dflash.worker.worker import TreeWorker
 
 _numbers = itertools.count()
 
 
-@cache
 def _drafter() -> Any:
-    """Its ``ModelRunner``. Nothing hands it to a hook of the candidates."""
-    return next(each for each in gc.get_objects() if isinstance(each, TreeWorker)).draft_model_runner
+    """Its ``ModelRunner``. Nothing hands it to a hook of the candidates, but the worker calls it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        runner = getattr(frame.f_locals.get("self"), "draft_model_runner", None)
+        if runner is not None:
+            return runner
+        frame = frame.f_back
+    raise AssertionError("not called by a worker")
 
 
 def keys_and_values(batch: Any, row: int, length: int) -> torch.Tensor:
