@@ -19,6 +19,7 @@ before and the result is rounded to the layer's dtype.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
@@ -157,7 +158,7 @@ class PackedKV:
 def _pack_context(model: torch.nn.Module, most: int | None) -> None:
     """Give a drafter's attention layers a packed projection of the target's features."""
     for attn in model.modules():
-        fused = getattr(attn, "qkv_proj", None)
+        fused: Any = getattr(attn, "qkv_proj", None)
         if (
             not hasattr(attn, "kv_proj_only")
             or not isinstance(getattr(fused, "quant_method", None), UnquantizedLinearMethod)
