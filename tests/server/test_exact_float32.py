@@ -295,7 +295,9 @@ def test_plain_steps_keep_the_drafter_warm(pair: Pair, tokenizer: Any) -> None:
         drafted[name] = torch.load(first, weights_only=True)
     for other in ("plain", "prefill"):
         assert drafted[other]["prefix"] == drafted["tree"]["prefix"] >= 190
-        torch.testing.assert_close(drafted[other]["keys"], drafted["tree"]["keys"], atol=1e-5, rtol=1e-5)
+        # A prefill's attention adds up in another order, over features that are large.
+        close = 1e-5 if other == "plain" else 1e-4
+        torch.testing.assert_close(drafted[other]["keys"], drafted["tree"]["keys"], atol=close, rtol=close)
         assert torch.equal(drafted[other]["ids"][:, 0], drafted["tree"]["ids"][:, 0])
         gap = (drafted[other]["logprobs"] - drafted["tree"]["logprobs"]).abs().max()
         assert float(gap) < 1e-5, other
