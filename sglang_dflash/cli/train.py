@@ -210,7 +210,14 @@ def main(argv: list[str]) -> int:
 
     how = o.attention if o.attention != "auto" else ("flex" if device.startswith("cuda") else "split")
     settings = TrainSettings(
-        loss=LossSettings(gamma=o.gamma, kl=o.kl, tree=o.tree, confidence=o.confidence),
+        loss=LossSettings(
+            gamma=o.gamma,
+            kl=o.kl,
+            tree=o.tree,
+            confidence=o.confidence,
+            # Of few rows a GPU's launches take longer than the arithmetic.
+            chunk_bytes=(2 << 30) if device.startswith("cuda") else LossSettings.chunk_bytes,
+        ),
         schedule=_schedule(o.schedule),
         how=how,
         pack_to=o.pack if o.pack is not None else (2048 if device.startswith("cuda") else 0),

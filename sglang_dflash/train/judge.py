@@ -82,10 +82,12 @@ def chain_accepts(table: Table) -> torch.Tensor:
 def tree_accepts(table: Table, nodes: int, depth_bonus: torch.Tensor | None = None) -> torch.Tensor:
     """[P] drafted tokens accepted from each anchor by a tree of ``nodes`` (root included)."""
     P, L = table.labels.shape
-    tree = build_tree(table.anchor, table.logprobs, table.ids, num_nodes=nodes, depth_bonus=depth_bonus)
-    at = torch.zeros(P, dtype=torch.long)
-    alive = torch.ones(P, dtype=torch.bool)
-    accepted = torch.zeros(P, dtype=torch.long)
+    device = table.labels.device
+    bonus = None if depth_bonus is None else depth_bonus.to(device)
+    tree = build_tree(table.anchor, table.logprobs, table.ids, num_nodes=nodes, depth_bonus=bonus)
+    at = torch.zeros(P, dtype=torch.long, device=device)
+    alive = torch.ones(P, dtype=torch.bool, device=device)
+    accepted = torch.zeros(P, dtype=torch.long, device=device)
     # Padding nodes copy the root as their parent; only linked nodes have a later-than-parent id.
     linked = torch.zeros_like(tree.parents, dtype=torch.bool)
     linked[:, 1:] = True
@@ -145,8 +147,8 @@ def _recall(tables: list[Table], k: int) -> list[float]:
         valid = t.labels >= 0
         first = (t.rank == 0) & valid
         before = torch.cat([first.new_ones(len(first), 1), first[:, :-1]], 1).long().cumprod(1).bool() & valid
-        hit += ((t.rank < k) & before).sum(0)
-        seen += before.sum(0)
+        hit += ((t.rank < k) & before).sum(0).cpu()
+        seen += before.sum(0).cpu()
     return (hit / seen.clamp_min(1)).tolist()
 
 

@@ -141,13 +141,13 @@ class Trainer:
             wanted = None
             if self.s.loss.kl:
                 wanted = last_hidden(batch, documents).flatten(0, 1).to(self.target.device, self.target.dtype)
+            batch = batch.to(self.target.device)
             features = batch.planes[:, :, :-1].to(self.target.dtype)
             if self.s.feature_noise:
                 noise = torch.randn(features.shape, generator=rng, dtype=features.dtype)
-                features = features * (1 + self.s.feature_noise * noise)
-            batch = batch.to(self.target.device)
+                features = features * (1 + self.s.feature_noise * noise.to(features.device))
             embeddings = F.embedding(batch.inputs, self.target.embed)
-            hidden = self.drafter(embeddings, features.to(self.target.device), batch.layout)
+            hidden = self.drafter(embeddings, features, batch.layout)
             loss, report = block_loss(
                 hidden[:, :, 1:].flatten(0, 1), batch.labels.flatten(0, 1), batch.weight.flatten(0, 1),
                 head, self.s.loss, wanted,
