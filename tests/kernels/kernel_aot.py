@@ -59,6 +59,8 @@ def compile_spec(spec: Spec) -> Resources:
             signature[name] = "constexpr"
             continue
         signature[name] = spec.types[name]
+        if spec.kernel.params[i].do_not_specialize:
+            continue
         if spec.types[name].startswith("*") or name.startswith("stride") or name in spec.multiples_of_16:
             attrs[(i,)] = [["tt.divisibility", 16]]
     constants = {(names.index(n),): v for n, v in spec.constants.items()}

@@ -25,7 +25,8 @@ _ATTN_TYPES = {
 
 
 def _strides(kernel) -> dict[str, str]:
-    return {p.name: "i32" for p in kernel.params if p.name.startswith("stride")}
+    """Strides, and what follows the step's width or its load."""
+    return {p.name: "i32" for p in kernel.params if p.name.startswith("stride") or p.do_not_specialize}
 
 
 def _attention_constants(dim: int, rows: int, splits: int, config: TileConfig, **extra) -> dict[str, object]:
@@ -104,12 +105,10 @@ def build_spec(arch: int, nodes: int, *, spine: bool = True) -> Spec:
         arch=arch,
         types={**pointers, **_strides(build.build_tree_kernel)},
         constants={
-            "N": nodes,
             "NP": max(triton.next_power_of_2(nodes), 32),
-            "L": 15,
             "K": 16,
             "WORDS": (nodes + 31) // 32,
-            "HOPS": 4,
+            "HOPS": build.hops(15),
             "HAS_BONUS": True,
             "FORCE_SPINE": spine,
         },
@@ -137,8 +136,7 @@ def lattice_spec(
         constants={
             **base.constants,
             "KP": 32,
-            "D": depth,
-            "HOPS": max(15, depth).bit_length(),
+            "HOPS": build.hops(max(15, depth)),
             "HAS_EDGES": edges,
             "HAS_CHAIN": chain,
         },
@@ -159,7 +157,7 @@ def accept_spec(arch: int, nodes: int) -> Spec:
         kernel=accept.accept_tree_kernel,
         arch=arch,
         types={**pointers, **_strides(accept.accept_tree_kernel)},
-        constants={"N": nodes, "NP": max(triton.next_power_of_2(nodes), 32), "D": 16, "DP": 16},
+        constants={"NP": max(triton.next_power_of_2(nodes), 32), "DP": 16},
         options={"num_warps": 1},
     )
 
@@ -181,7 +179,7 @@ def compact_spec(arch: int) -> Spec:
             "accept_lens_ptr": "*i32",
             **_strides(compact.compact_kv_kernel),
         },
-        constants={"D": 16, "DP": 16, "ELEM": tl.int64, "TILE": 256},
+        constants={"DP": 16, "ELEM": tl.int64, "TILE": 256},
         options={"num_warps": 4},
     )
 
@@ -197,12 +195,11 @@ def topk_spec(arch: int, rows: int, k: int = 16, *, race: bool = False) -> Spec:
         arch=arch,
         types={
             **pointers,
-            **dict.fromkeys(("T", "V", "H", "tiles_per_span", "vocab_start"), "i32"),
+            **dict.fromkeys(("V", "H"), "i32"),
             "cap": "fp32",
             **_strides(topk.head_topk_kernel),
         },
         constants={
-            "SPANS": 132,
             "KP": k,
             "BT": rows,
             "BV": topk.BLOCK_V,
@@ -227,8 +224,9 @@ def topk_merge_spec(arch: int) -> Spec:
         types={
             **dict.fromkeys(("keys_ptr", "ids_ptr"), "*i64"),
             **dict.fromkeys(("max_ptr", "sum_ptr", "values_ptr", "log_z_ptr"), "*fp32"),
+            "spans": "i32",
         },
-        constants={"SPANS": 132, "SPANS_P": 256, "K": 16, "KP": 16, "CHUNK": 1024},
+        constants={"SPANS_P": 256, "K": 16, "KP": 16, "CHUNK": 1024},
         options={"num_warps": 4},
     )
 
@@ -301,7 +299,7 @@ def continue_spec(arch: int) -> Spec:
             **dict.fromkeys(("rows_ptr", "lengths_ptr", "best_ptr", "ids_ptr"), "*i64"),
             **_strides(recall.continue_kernel),
         },
-        constants={"SPANS": 64, "D": 31, "DP": 32},
+        constants={"SPANS": 64, "DP": 32},
         options={"num_warps": 1},
     )
 

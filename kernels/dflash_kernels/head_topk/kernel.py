@@ -45,7 +45,7 @@ def _unpack(key):
     return bits.to(tl.float32, bitcast=True), 0xFFFFFFFF - (key & 0xFFFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "spans", "tiles_per_span", "vocab_start"])
 def head_topk_kernel(
     hidden_ptr,
     weight_ptr,
@@ -59,12 +59,12 @@ def head_topk_kernel(
     T,
     V,
     H,
+    spans,
     tiles_per_span,
     vocab_start,
     cap,
     stride_h,
     stride_w,
-    SPANS: tl.constexpr,
     KP: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
@@ -125,13 +125,13 @@ def head_topk_kernel(
         fresh = tl.topk(_pack(ranked, col[None, :]), KP)
         best = tl.topk(tl.reshape(tl.join(best, fresh), [BT, 2 * KP]), KP)
 
-    cell = row * SPANS + span
+    cell = row * spans + span
     tl.store(max_ptr + cell, m, mask=row_mask)
     tl.store(sum_ptr + cell, total, mask=row_mask)
     tl.store(keys_ptr + cell[:, None] * KP + tl.arange(0, KP)[None, :], best, mask=row_mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans"])
 def merge_topk_kernel(
     keys_ptr,
     max_ptr,
@@ -139,7 +139,7 @@ def merge_topk_kernel(
     values_ptr,
     ids_ptr,
     log_z_ptr,
-    SPANS: tl.constexpr,
+    spans,
     SPANS_P: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -147,18 +147,18 @@ def merge_topk_kernel(
 ):
     row = tl.program_id(0)
     span = tl.arange(0, SPANS_P)
-    inside = span < SPANS
-    m = tl.load(max_ptr + row * SPANS + span, mask=inside, other=float("-inf"))
-    s = tl.load(sum_ptr + row * SPANS + span, mask=inside, other=0.0)
+    inside = span < spans
+    m = tl.load(max_ptr + row * spans + span, mask=inside, other=float("-inf"))
+    s = tl.load(sum_ptr + row * spans + span, mask=inside, other=0.0)
     top = tl.max(m, axis=0)
     tl.store(log_z_ptr + row, top + tl.log(tl.sum(s * tl.exp(m - top), axis=0)))
 
     at = tl.arange(0, CHUNK)
     best = tl.full([KP], -0x8000000000000000, tl.int64)
-    for start in range(0, SPANS * KP, CHUNK):
+    for start in range(0, spans * KP, CHUNK):
         keys = tl.load(
-            keys_ptr + row * SPANS * KP + start + at,
-            mask=start + at < SPANS * KP,
+            keys_ptr + row * spans * KP + start + at,
+            mask=start + at < spans * KP,
             other=-0x8000000000000000,
         )
         best = tl.topk(tl.reshape(tl.join(best, tl.topk(keys, KP)), [2 * KP]), KP)
@@ -188,16 +188,17 @@ def draft_topk_triton(
     tiles_per_span = triton.cdiv(tiles, max(min(tiles, sm_count(device) // row_blocks), 1))
     spans = triton.cdiv(tiles, tiles_per_span)
     keys = torch.empty(T, spans, KP, dtype=torch.int64, device=device)
-    partial = torch.empty(2, T, spans, dtype=torch.float32, device=device)
+    # Two tensors, not two rows of one: where the second began would depend on T.
+    largest, total = (torch.empty(T, spans, dtype=torch.float32, device=device) for _ in range(2))
     # Without a race its pointers are never read: any tensor stands in.
     seeds, positions = (keys, keys) if race is None else (race.seeds.long(), race.positions.long())
-    scale, strength = (partial, partial) if race is None else (race.scale.float(), race.strength.float())
+    scale, strength = (largest, largest) if race is None else (race.scale.float(), race.strength.float())
     head_topk_kernel[(row_blocks, spans)](
-        hidden, head_weight, keys, partial[0], partial[1],
+        hidden, head_weight, keys, largest, total,
         seeds.contiguous(), positions.contiguous(), scale.contiguous(), strength.contiguous(),
-        T, V, H, tiles_per_span, vocab_start, float(logit_cap),
+        T, V, H, spans, tiles_per_span, vocab_start, float(logit_cap),
         hidden.stride(0), head_weight.stride(0),
-        SPANS=spans, KP=KP, BT=BT, BV=BLOCK_V, BH=BLOCK_H, HAS_CAP=logit_cap > 0,
+        KP=KP, BT=BT, BV=BLOCK_V, BH=BLOCK_H, HAS_CAP=logit_cap > 0,
         HAS_RACE=race is not None,
         PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32", UPCAST=interpreting(),
         num_warps=WARPS, num_stages=stages(KP),
@@ -206,8 +207,7 @@ def draft_topk_triton(
     ids = torch.empty(T, k, dtype=torch.int64, device=device)
     log_z = torch.empty(T, dtype=torch.float32, device=device)
     merge_topk_kernel[(T,)](
-        keys, partial[0], partial[1], values, ids, log_z,
-        SPANS=spans, SPANS_P=triton.next_power_of_2(spans), K=k, KP=KP,
-        CHUNK=max(min(triton.next_power_of_2(spans * KP), _MERGE_CHUNK), KP), num_warps=4,
+        keys, largest, total, values, ids, log_z, spans,
+        SPANS_P=triton.next_power_of_2(sm_count(device)), K=k, KP=KP, CHUNK=_MERGE_CHUNK, num_warps=4,
     )  # fmt: skip
     return values, ids, log_z

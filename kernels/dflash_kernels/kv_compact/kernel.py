@@ -16,7 +16,7 @@ import triton.language as tl
 _TILE_BYTES = 32 * 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_slots", "stride_path", "D"])
 def compact_kv_kernel(
     base_ptr,
     row_stride_ptr,
@@ -26,7 +26,7 @@ def compact_kv_kernel(
     accept_lens_ptr,
     stride_slots,
     stride_path,
-    D: tl.constexpr,
+    D,
     DP: tl.constexpr,
     ELEM: tl.constexpr,
     TILE: tl.constexpr,
@@ -93,7 +93,7 @@ def compact_kv_triton(
         accept_lens,
         slots.stride(0) if slots.stride(1) == 1 else slots.shape[1],
         path.stride(0),
-        D=D,
+        D,
         DP=DP,
         ELEM=table.elem,
         TILE=tile,

@@ -55,7 +55,7 @@ def scan_kernel(
     tl.store(best_ptr + b * SPANS + span, tl.max(best, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["D"])
 def continue_kernel(
     history_ptr,
     rows_ptr,
@@ -64,8 +64,8 @@ def continue_kernel(
     matched_ptr,
     ids_ptr,
     stride_history,
+    D,
     SPANS: tl.constexpr,
-    D: tl.constexpr,
     DP: tl.constexpr,
 ):
     """The best of all spans and what followed it."""
@@ -122,8 +122,8 @@ def recall_triton(
         best,
         *found,
         history.stride(0),
+        count,
         SPANS=spans,
-        D=count,
         DP=max(triton.next_power_of_2(count), 32),
         num_warps=1,
     )

@@ -10,7 +10,7 @@ from dflash_kernels.tree import DraftTree
 from dflash_kernels.tree_accept import Accepted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_target_b", "N", "D"])
 def accept_tree_kernel(
     tokens_ptr,
     parents_ptr,
@@ -24,9 +24,9 @@ def accept_tree_kernel(
     bonus_ptr,
     new_lens_ptr,
     stride_target_b,
-    N: tl.constexpr,
+    N,
+    D,
     NP: tl.constexpr,
-    D: tl.constexpr,
     DP: tl.constexpr,
 ):
     b = tl.program_id(0)
@@ -93,9 +93,9 @@ def accept_tree_triton(
         out.bonus,
         out.new_lens,
         target_tokens.stride(0),
-        N=N,
+        N,
+        D,
         NP=max(triton.next_power_of_2(N), 32),
-        D=D,
         DP=triton.next_power_of_2(D),
         num_warps=1,
     )

@@ -19,6 +19,10 @@ from dflash_kernels.tree import DraftTree
 from dflash_kernels.tree_build import Chain
 
 
+# What follows the step's width is no constant of the machine code, or every width would be compiled.
+STRIDES = ("stride_lp_b", "stride_lp_l", "stride_id_b", "stride_id_l")
+
+
 @triton.jit
 def gain_of(logprob, bonus):
     raw = logprob + bonus
@@ -39,7 +43,7 @@ def key_of(score, depth, parent, rank):
 def write_tree(
     b, new_id, token, parent, depth, first_child, next_sibling,
     tokens_ptr, parents_ptr, depth_ptr, first_child_ptr, next_sibling_ptr, ancestors_ptr,
-    N: tl.constexpr, NP: tl.constexpr, WORDS: tl.constexpr, HOPS: tl.constexpr, IN_PLACE: tl.constexpr,
+    N, NP: tl.constexpr, WORDS: tl.constexpr, HOPS: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Stores node i as node new_id[i]; IN_PLACE says that these are the same."""
     node = tl.arange(0, NP)
@@ -78,7 +82,7 @@ def spine_first(spine_nodes, depth, count, NP: tl.constexpr):
     return tl.where(node < count, new_id, node)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*STRIDES, "N", "L"])
 def build_tree_kernel(
     anchor_ptr,
     logprobs_ptr,
@@ -94,9 +98,9 @@ def build_tree_kernel(
     stride_lp_l,
     stride_id_b,
     stride_id_l,
-    N: tl.constexpr,
+    N,
+    L,
     NP: tl.constexpr,
-    L: tl.constexpr,
     K: tl.constexpr,
     WORDS: tl.constexpr,
     HOPS: tl.constexpr,
@@ -121,7 +125,7 @@ def build_tree_kernel(
     spine_nodes = (node == 0).to(tl.int32)
     if FORCE_SPINE:
         run = tl.sum(tl.where(node == 0, score, 0.0))  # 0.0 as a tensor
-        for d in tl.static_range(L):
+        for d in range(L):
             bonus = tl.load(bonus_ptr + d) if HAS_BONUS else 0.0
             g = gain_of(tl.load(lp + d * stride_lp_l), bonus)
             if K > 1:
@@ -135,9 +139,10 @@ def build_tree_kernel(
         depth = tl.where(on_spine, node, depth)
         first_child = tl.where(node < L, node + 1, first_child)
         count = L + 1
-    elif N > 1 and L > 0:
-        bonus = tl.load(bonus_ptr) if HAS_BONUS else 0.0
-        child_key = tl.where(node == 0, key_of(gain_of(tl.load(lp), bonus), 1, 0, 0), child_key)
+    else:
+        bonus = tl.load(bonus_ptr, mask=L > 0, other=0.0) if HAS_BONUS else 0.0
+        gain = gain_of(tl.load(lp, mask=L > 0, other=float("-inf")), bonus)
+        child_key = tl.where(node == 0, key_of(gain, 1, 0, 0), child_key)
 
     for i in range(count, N):
         win = tl.max(tl.maximum(child_key, sibling_key), axis=0)
@@ -201,6 +206,11 @@ def build_tree_kernel(
     )  # fmt: skip
 
 
+def hops(depth: int) -> int:
+    """Doublings of a step that reach a root this far up: one of two numbers, each compiled once."""
+    return 4 if depth < 16 else 7
+
+
 def build_tree_triton(
     anchor: torch.Tensor,
     topk_logprobs: torch.Tensor,
@@ -229,9 +239,7 @@ def build_tree_triton(
     )
     strides = (logprobs.stride(0), logprobs.stride(1), ids.stride(0), ids.stride(1))
     constants = {
-        "N": num_nodes,
         "NP": max(triton.next_power_of_2(num_nodes), 32),
-        "L": L,
         "K": K,
         "WORDS": tree.ancestors.shape[2],
         "HAS_BONUS": bonus is not None,
@@ -241,7 +249,7 @@ def build_tree_triton(
     bonus = logprobs if bonus is None else bonus
     if edges is None and chain is None:
         build_tree_kernel[(bs,)](
-            anchor.long(), logprobs, ids, bonus, *fields, *strides, HOPS=max(L, 1).bit_length(), **constants
+            anchor.long(), logprobs, ids, bonus, *fields, *strides, num_nodes, L, HOPS=hops(L), **constants
         )
         return tree
     from dflash_kernels.tree_build.lattice_kernel import build_lattice_kernel
@@ -265,9 +273,11 @@ def build_tree_triton(
         rows.stride(2),
         chain_ids.stride(0),
         chain_logprobs.stride(0),
-        D=D,
+        num_nodes,
+        L,
+        D,
         KP=max(triton.next_power_of_2(K), 32),
-        HOPS=max(L, D, 1).bit_length(),
+        HOPS=hops(max(L, D)),
         HAS_EDGES=edges is not None,
         HAS_CHAIN=chain is not None,
         **constants,

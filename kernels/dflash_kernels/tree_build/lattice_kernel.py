@@ -11,13 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dflash_kernels.tree_build.kernel import gain_of, key_of, spine_first, write_tree
+from dflash_kernels.tree_build.kernel import STRIDES, gain_of, key_of, spine_first, write_tree
+
+_STRIDES = ("stride_ed_b", "stride_ed_l", "stride_ed_p", "stride_ci_b", "stride_cl_b")
 
 
 @triton.jit
 def _next_child(
     lp, edges, bonus_ptr, depth, row, after, skip, stride_lp_l, stride_ed_l, stride_ed_p,
-    L: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    L, K: tl.constexpr, KP: tl.constexpr,
     HAS_BONUS: tl.constexpr, HAS_EDGES: tl.constexpr, HAS_CHAIN: tl.constexpr,
 ):  # fmt: skip
     """The drafted child of a node of `depth` that follows candidate `after` (-1: the first) without `skip`.
@@ -56,7 +58,7 @@ def _next_child(
 @triton.jit
 def _next_of_chain(
     chain_ids, chain_lp, ids, depth, stride_id_l,
-    L: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
+    L, K: tl.constexpr, KP: tl.constexpr, D,
 ):  # fmt: skip
     """Below the chain's node of `depth`: the next one's gain, and the candidate with its token (K: none)."""
     gain = gain_of(tl.load(chain_lp + depth, mask=depth < D, other=float("-inf")), 0.0)
@@ -69,7 +71,7 @@ def _next_of_chain(
     return gain, same
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*STRIDES, *_STRIDES, "N", "L", "D"])
 def build_lattice_kernel(
     anchor_ptr,
     logprobs_ptr,
@@ -93,12 +95,12 @@ def build_lattice_kernel(
     stride_ed_p,
     stride_ci_b,
     stride_cl_b,
-    N: tl.constexpr,
+    N,
+    L,
+    D,
     NP: tl.constexpr,
-    L: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
-    D: tl.constexpr,
     WORDS: tl.constexpr,
     HOPS: tl.constexpr,
     HAS_BONUS: tl.constexpr,
