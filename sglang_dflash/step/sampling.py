@@ -72,6 +72,22 @@ class SamplingParams:
         )
 
 
+def unfiltered(requests: int, vocab: int, device: torch.device) -> SamplingParams:
+    """Requests at temperature 1 without a filter, all with seed 0."""
+    ones = torch.ones(requests, device=device)
+    return SamplingParams(
+        temperature=ones,
+        top_k=torch.full((requests,), vocab, device=device),
+        top_p=ones,
+        min_p=torch.zeros_like(ones),
+        all_greedy=False,
+        any_top_k=False,
+        any_top_p=False,
+        any_min_p=False,
+        seeds=torch.zeros(requests, dtype=torch.int64, device=device),
+    )
+
+
 def filtered_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """The distribution each row is sampled from, float32 [rows, V], not renormalised after filters."""
     return filter_probs((logits.float() / params.temperature[:, None]).softmax(dim=-1), params)

@@ -94,6 +94,11 @@ class Step:
     def batch_size(self) -> int:
         return self.anchor.shape[0]
 
+    def sample(self, params: SamplingParams) -> None:
+        """Let the step's requests sample by ``params``."""
+        self.sampling = params
+        self.noise = StepNoise.of(params, self.prefix_lens, self.deepest + 1)
+
     def host_bound(self, rows: int) -> tuple[torch.Tensor, int]:
         """Each request's greatest length with ``rows`` rows of this step, on the host, and their sum."""
         bound = self.host_lens + rows if self.host_exact else self.host_lens

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from dflash_kernels import Accepted, DraftTree
+from dflash_kernels import Accepted, DraftTree, race_argmax
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
@@ -31,10 +31,10 @@ class Adjustments:
         self._history: TokenHistory | None = None
         self._processors = Processors()
 
-    def warm_penalties(self) -> None:
-        """Compile SGLang's repetition penalty now, not in the first request that has one.
+    def warm(self) -> None:
+        """Compile SGLang's repetition penalty and prefill's race now, not in the first request that has one.
 
-        Not on CPU, where the platform's own is eager (``platform/fused_ops.py``).
+        Not on CPU, where both are eager (``platform/fused_ops.py``).
         """
         if torch.device(self.target.device).type == "cpu":
             return
@@ -44,6 +44,8 @@ class Adjustments:
         for rows in (1, 2):  # one row is compiled apart from several
             logits = torch.zeros((rows, vocab), device=self.target.device)
             apply_scaling_penalties(logits, torch.ones_like(logits))
+            noise = torch.zeros(rows, dtype=torch.int64, device=self.target.device)
+            race_argmax(torch.ones_like(logits), noise, noise)
 
     def start_grammar(self, batch: Any, tree: DraftTree) -> GrammarTree | None:
         """Start copying the tree to the host, before the target pass is launched."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from dflash_kernels import DraftTree, Race, ancestor_mask, draft_topk, merge_topk
+from dflash_kernels._dispatch import use_triton
 from sglang.srt.lora.layers import unwrap_lora_layer
 from sglang.srt.model_executor.forward_batch_info import (
     CaptureHiddenMode,
@@ -99,6 +100,10 @@ class Bridge:
 
     def backend_name(self) -> str:
         return type(self.target.attn_backend).__name__
+
+    def compiles(self) -> bool:
+        """Whether a step's kernels are Triton's, each compiled at its first launch."""
+        return use_triton(self.target.req_to_token_pool.req_to_token)
 
     def check_served(self) -> None:
         """Refuse at start what a step could only trip over. Raises UserError."""

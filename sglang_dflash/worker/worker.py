@@ -14,6 +14,7 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from sglang_dflash.drafter import DrafterConfig, block_size_of, read_config, resolve_folder
 from sglang_dflash.settings import get_settings
 from sglang_dflash.step.report import StepReport, StepResult, outcome
+from sglang_dflash.step.sampling import unfiltered
 from sglang_dflash.step.timing import Laps
 from sglang_dflash.step.width import Step, Width
 from sglang_dflash.upstream.adjust import Adjustments
@@ -117,7 +118,7 @@ class TreeWorker(DFlashWorkerV2):
         return result
 
     def init_cuda_graphs(self) -> Any:
-        self.adjust.warm_penalties()
+        self.adjust.warm()
         with self._drafter_width():
             result = super().init_cuda_graphs()
         self.width = start_width(get_settings().width, self)
@@ -193,14 +194,18 @@ class TreeWorker(DFlashWorkerV2):
         self.width.note_length(step.mean_length())
         return self._decode(step, batch, laps, on_publish, grammar_barrier)
 
-    def rehearse(self, width: Width, requests: int, length: int) -> tuple[float, float, float]:
+    def rehearse(
+        self, width: Width, requests: int, length: int, *, sampled: bool = False
+    ) -> tuple[float, float, float]:
         """Seconds of the drafter, the target and the rest of one step over requests that nobody sent.
 
-        Only before the first request. ``length`` is in cached tokens.
+        Only before the first request. ``length`` is in cached tokens; ``sampled`` requests draw theirs.
         """
         laps = Laps(self.device, enabled=True)
         with rehearsal(self, requests, length, self.max_width.slots) as batch:
             step = self.bridge.open_step(batch, width, self._deepest(width))
+            if sampled:
+                step.sample(unfiltered(requests, self.bridge.vocab_size(), step.anchor.device))
             self._decode(step, batch, laps, None, None)
         return laps.parts()
 

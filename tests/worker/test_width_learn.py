@@ -10,6 +10,7 @@ import pytest
 from sglang_dflash.step.width import PLAIN, Width
 from sglang_dflash.worker.width.cost import CostTable, load
 from sglang_dflash.worker.width.learn import measure_costs
+from sglang_dflash.worker.width.start import every_width, to_compile
 
 WIDEST = Width(16, 6)
 FINGERPRINT = {"target": "t", "device": "d"}
@@ -54,6 +55,20 @@ def test_one_rehearsed_step_fills_several_cells() -> None:
     assert {c.what for c in both} == {"target", "rest"}
     assert machine.ran[Width(4, 4), 1, 64] <= 13  # a warm-up and twelve runs, not twice that
     assert all(not width.plain or width == PLAIN for width, _, _ in machine.ran)
+
+
+def test_what_is_compiled_ahead_are_all_widths_and_every_tile_of_the_head() -> None:
+    widths = every_width(WIDEST)
+    assert PLAIN in widths
+    assert widths[-1] == WIDEST
+    assert {Width(n, b) for n in (6, 8, 12, 16) for b in range(2, 7)} < set(widths)
+    steps = to_compile(widths, most_requests=64)
+    assert {width for width, _, _ in steps} == set(widths)
+    for sampled in (False, True):
+        rows = {n * width.depth for width, n, draws in steps if width == WIDEST and draws == sampled}
+        tiles = {16 if r <= 16 else 32 if r <= 32 else 64 for r in rows}
+        assert tiles == {16, 32, 64}, rows
+    assert all(n <= 3 for _, n, _ in to_compile([Width(2, 2)], most_requests=3))
 
 
 def test_the_next_start_measures_nothing() -> None:
