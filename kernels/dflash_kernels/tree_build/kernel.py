@@ -18,7 +18,6 @@ import triton.language as tl
 from dflash_kernels.tree import DraftTree
 from dflash_kernels.tree_build import Chain
 
-
 # What follows the step's width is no constant of the machine code, or every width would be compiled.
 STRIDES = ("stride_lp_b", "stride_lp_l", "stride_id_b", "stride_id_l")
 
