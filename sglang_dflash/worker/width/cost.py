@@ -86,7 +86,8 @@ def plan(widest: Width, most_requests: int, longest: int, length: int = 64) -> l
                 ask("draft", b, requests)
 
     # What decides whether to draft at all, at every load that is likely; then how wide; then the price by
-    # length; great loads; the tiers between; and at last the greatest loads, where one pass takes long.
+    # length; 8 requests; great loads; the tiers between; and at last the greatest loads, where one pass takes
+    # long.
     for requests, most in zip(loads[:3], (8, 4, 2), strict=False):
         for n in [n for n in main if n <= max(most, main[0])]:
             ask("target", n, requests)
@@ -101,6 +102,11 @@ def plan(widest: Width, most_requests: int, longest: int, length: int = 64) -> l
     for requests in loads[:3]:  # each takes a whole step
         ask("rest", 1, requests)
         ask("rest", min(4, widest.nodes), requests)
+    # Between the main loads a pass's price is no line, and here drafting stops to pay on a CPU.
+    if loads[-1] > 8:
+        for n in [n for n in main if n <= 4]:
+            ask("target", n, 8)
+        ask("draft", 2, 8)
     ask_greatest(loads[3:4])
     for requests in sorted({min(r, most_requests) for r in (1, 2, 4, 8, 16, 32)}):
         for n in [n for n in tiers if n * requests <= 4 * widest.nodes]:
