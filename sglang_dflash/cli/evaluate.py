@@ -129,6 +129,9 @@ def main(argv: list[str]) -> int:
         for t in tables:
             t.ids, t.logprobs = t.ids[..., : policy.top_k], t.logprobs[..., : policy.top_k]
         again = judge_tables(tables, [policy.nodes] if policy.nodes else [], bonus)
+        if live.same:
+            alike = [t for t, equal in zip(tables, live.equal, strict=True) if equal]
+            again[served.EQUAL] = judge_tables(alike, [policy.nodes] if policy.nodes else [], bonus)["all"]
         offline = {name: j.walks[policy.name].length for name, j in again.items()}
         print(render_served(live, offline))
         result["served"] = live.as_dict() | {"offline": {k: round(v, 4) for k, v in offline.items()}}

@@ -39,14 +39,28 @@ def policy_of(info: ServerInfo) -> Policy:
     return Policy("tree", int(more["block_size"]), int(more["num_nodes"]), top_k)
 
 
+#: The group of the answers that came out token for token: there the two lengths are of one text.
+EQUAL = "equal"
+
+
 @dataclass
 class ServedRun:
-    """Walks by group (as the offline judgement names them) and how many answers came out token for token."""
+    """Walks by group, as the offline judgement names them, and of the answers that came out token for token.
+
+    ``equal`` says of each answer whether it did.
+    """
 
     policy: Policy
     walks: dict[str, Walk] = field(default_factory=dict)
-    same: int = 0
-    answers: int = 0
+    equal: list[bool] = field(default_factory=list)
+
+    @property
+    def answers(self) -> int:
+        return len(self.equal)
+
+    @property
+    def same(self) -> int:
+        return sum(self.equal)
 
     def as_dict(self) -> dict:
         return {
@@ -87,8 +101,10 @@ def run(url: str, documents: list[Document], max_new: int, api_key: str | None =
                 raise UserError(f"{base} failed on a request: {error}") from None
             tokens = reply.json()["output_ids"]
             counts.append((len(tokens) - 1, int(reply.json()["meta_info"].get("spec_verify_ct") or 0)))
-            out.same += tokens == answer.tolist()
-    out.answers = len(documents)
-    for name, members in group_indices([(d.family, d.temperature) for d in documents]).items():
+            out.equal.append(tokens == answer.tolist())
+    groups = group_indices([(d.family, d.temperature) for d in documents])
+    if out.same:
+        groups[EQUAL] = [i for i, equal in enumerate(out.equal) if equal]
+    for name, members in groups.items():
         out.walks[name] = Walk(sum(counts[i][1] for i in members), sum(counts[i][0] for i in members))
     return out
