@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "start an SGLang server with draft trees (any SGLang flag passes through)"),
     "doctor": ("doctor", "say what is wrong with this installation, in plain words"),
     "top": ("top", "watch a running server: accept length, tokens/s, queue, width"),
+    "trace": ("trace", "a page that shows every step of an answer: its tree, its path, its time"),
     "measure": ("measure", "what steps cost here, and what each width would bring"),
     "fetch": ("fetch", "put the embedded target model into the local cache"),
     "data": ("data", "make a training corpus for a drafter"),

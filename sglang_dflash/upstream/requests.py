@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sglang_dflash.step.penalties import Penalties
+from sglang_dflash.step.trace import ASKED
 
 
 def needs_penalties(info: Any) -> bool:
@@ -25,6 +26,12 @@ def sampled_rows(batch: Any) -> list[bool]:
     if info is None or info.is_all_greedy:
         return [False] * len(batch.reqs)
     return [req.sampling_params.top_k > 1 for req in batch.reqs]
+
+
+def traced_rows(batch: Any) -> list[bool] | None:
+    """Per request, whether it asks what its steps did; None where none does."""
+    rows = [bool((req.sampling_params.custom_params or {}).get(ASKED)) for req in batch.reqs]
+    return rows if any(rows) else None
 
 
 def sampled_share(batch: Any) -> float:

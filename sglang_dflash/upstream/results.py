@@ -8,9 +8,10 @@ from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 from sglang.srt.runtime_context import get_observability, get_parallel, get_serving
 
 from sglang_dflash.step.report import StepReport
+from sglang_dflash.step.trace import StepTrace
 
 
-def attach(output: Any, report: StepReport) -> None:
+def attach(output: Any, report: StepReport | StepTrace) -> None:
     """Let SGLang carry ``report`` to the host beside the step's tokens.
 
     Args:

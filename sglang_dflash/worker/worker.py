@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sglang_dflash.settings import get_settings
 from sglang_dflash.step.report import StepReport, StepResult, outcome
 from sglang_dflash.step.sampling import unfiltered
 from sglang_dflash.step.timing import Laps
+from sglang_dflash.step.trace import Chances, StepTrace
 from sglang_dflash.step.width import Step, Width
 from sglang_dflash.upstream.adjust import Adjustments
 from sglang_dflash.upstream.bridge import Bridge, refuse_unserved
@@ -23,7 +25,7 @@ from sglang_dflash.upstream.contract import check_worker
 from sglang_dflash.upstream.drafter_cache import clean_drafter_cache
 from sglang_dflash.upstream.handover import receive
 from sglang_dflash.upstream.rehearsal import rehearsal
-from sglang_dflash.upstream.requests import sampled_rows
+from sglang_dflash.upstream.requests import sampled_rows, traced_rows
 from sglang_dflash.upstream.results import attach, free_room, metric_labels
 from sglang_dflash.upstream.weights import route_weight_updates
 from sglang_dflash.worker.accept import AcceptStage
@@ -34,6 +36,7 @@ from sglang_dflash.worker.health import DrafterHealth
 from sglang_dflash.worker.metrics import Metrics
 from sglang_dflash.worker.recall import Recalled, RecallStage
 from sglang_dflash.worker.tree import TreeStage
+from sglang_dflash.worker.tree.reach import chances
 from sglang_dflash.worker.tree.stage import load_rewrite
 from sglang_dflash.worker.verify import VerifyStage
 from sglang_dflash.worker.width import WidthStage, serve
@@ -42,6 +45,16 @@ from sglang_dflash.worker.width.policy import FixedWidth
 from sglang_dflash.worker.width.start import start_width, tiers_asked
 
 logger = logging.getLogger("sglang_dflash")
+
+
+@dataclass(frozen=True)
+class _Drafted:
+    """A step's tree, what is recalled in it, and what is expected of it where somebody asks."""
+
+    tree: DraftTree
+    recalled: Recalled | None = None
+    reach: torch.Tensor | None = None
+    chances: Chances | None = None
 
 
 class TreeWorker(DFlashWorkerV2):
@@ -188,11 +201,12 @@ class TreeWorker(DFlashWorkerV2):
             return result
         if self.health.must_clean(self.steps):
             clean_drafter_cache(self.draft_model_runner)
-        laps = Laps(self.device, enabled=self.metrics is not None)
+        traced = traced_rows(batch)
+        laps = Laps(self.device, enabled=self.metrics is not None or traced is not None)
         width = self.width.launch(len(batch.seq_lens))
         step = self.bridge.open_step(batch, width, self._deepest(width))
         self.width.note_length(step.mean_length())
-        return self._decode(step, batch, laps, on_publish, grammar_barrier)
+        return self._decode(step, batch, laps, on_publish, grammar_barrier, traced)
 
     def rehearse(
         self, width: Width, requests: int, length: int, *, sampled: bool = False
@@ -214,10 +228,17 @@ class TreeWorker(DFlashWorkerV2):
         return width.nodes - 1 if self.recall is not None else width.depth
 
     def _decode(
-        self, step: Step, batch: Any, laps: Laps, on_publish: Any, grammar_barrier: Any
+        self,
+        step: Step,
+        batch: Any,
+        laps: Laps,
+        on_publish: Any,
+        grammar_barrier: Any,
+        traced: list[bool] | None = None,
     ) -> GenerationBatchResult:
         laps.mark()
-        tree, recalled, reach = self._draft(step, batch, laps)
+        drafted = self._draft(step, batch, laps, traced is not None)
+        tree, recalled = drafted.tree, drafted.recalled
         grammar = self.adjust.start_grammar(batch, tree)
         laps.mark()
         verified = self.verify(tree, step, batch)
@@ -235,19 +256,20 @@ class TreeWorker(DFlashWorkerV2):
             self.recall.learn(recalled, accepted)
 
         rows, sampled = outcome(tree, accepted), sampled_rows(batch)
-        report = StepReport(self.steps, step.width, rows, accepted.accept_lens, sampled, reach, laps, self)
-        attach(verified.raw.logits_output, report)
+        lens, output = accepted.accept_lens, verified.raw.logits_output
+        attach(output, StepReport(self.steps, step.width, rows, lens, sampled, drafted.reach, laps, self))
+        if traced is not None and drafted.chances is not None:
+            told = drafted.chances
+            attach(output, StepTrace(self.steps, step.width, traced, tree, told, accepted, laps))
         self.steps += 1
         laps.mark()
         return self._result(verified.raw, accepted, step)
 
-    def _draft(
-        self, step: Step, batch: Any, laps: Laps
-    ) -> tuple[DraftTree, Recalled | None, torch.Tensor | None]:
-        """The step's tree, what is recalled in it, and what is expected of it where the policy asks."""
+    def _draft(self, step: Step, batch: Any, laps: Laps, traced: bool) -> _Drafted:
         if step.width.plain:
             laps.mark()
-            return DraftTree.roots(step.anchor), None, None
+            roots = Chances.of_roots(step.batch_size, step.anchor.device) if traced else None
+            return _Drafted(DraftTree.roots(step.anchor), chances=roots)
         candidates = self.draft(step, batch)
         laps.mark()
         candidates = self.tree.rewritten(candidates, step, batch)
@@ -256,7 +278,8 @@ class TreeWorker(DFlashWorkerV2):
             recalled = self.recall(self.adjust.history(), batch.req_pool_indices, step, candidates)
         chain = None if recalled is None else recalled.chain
         tree, reach = self.tree(candidates, step, chain, expect=not self.width.pinned)
-        return tree, recalled, reach
+        told = chances(tree, candidates, chain) if traced else None
+        return _Drafted(tree, recalled, reach, told)
 
     def observe(self, result: StepResult) -> None:
         """A step's outcome, once SGLang has it on the host; called by the scheduler, outside the step."""

@@ -6,13 +6,16 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
 import pytest
 from safetensors.torch import load_file
 
+from sglang_dflash.cli.trace import tokens_of
 from sglang_dflash.client.ports import port_is_free
+from sglang_dflash.step.trace import ANSWERED, ASKED
 from tests import tiny
 from tests.server.kept import Keeper, Turns, left_in_mid_stream, prefix_cache, session, streaming_session
 from tests.server.processes import LONG, all_gone, family, stream
@@ -64,6 +67,31 @@ def test_off_spine_paths(batch: int, width: str, tiny_plain: Client, tree: Clien
         pair = Pair(tiny_plain, tree)
         _, got = pair.compare(bodies, batch, at_least=3.5 if width == PINNED else 1.5)
     print(f"accept length {accept_length(got):.2f}")
+
+
+@pytest.mark.parametrize("width", [PINNED, "random:4"])
+def test_traced_steps_spell_the_answer(width: str, tiny_plain: Client, tree: Client) -> None:
+    """Of several requests every second asks: its steps' paths are its answer. The others are told nothing."""
+    bodies = [body_of(request, ignore_eos=True) for request in requests_for(6, 40, seed=9)]
+    for body in bodies[::2]:
+        body["sampling_params"]["custom_params"] = {ASKED: True}
+    with tree.width(width):
+        _, got = Pair(tiny_plain, tree).compare(bodies, 3, at_least=1.5)
+    # SGLang gives every reply of an output batch the key.
+    assert not any(step for reply in got[1::2] for step in reply["meta_info"].get(ANSWERED) or [])
+    for reply in got[::2]:
+        ids, said = reply["output_ids"], reply["meta_info"][ANSWERED]
+        assert len(said) == len(ids)
+        starts = [i for i, step in enumerate(said) if step is not None]
+        assert starts[0] == 1, "the first token is the prefill's"
+        for first, end in pairwise([*starts, len(ids)]):
+            step = said[first]
+            assert step["tree"][0][0] == ids[first - 1], "the root is the last token before"
+            path = [step["tree"][node][0] for node in step["path"][1:]]
+            assert path[: end - first] == ids[first : first + len(path)][: end - first]
+            assert end - first == len(path) + 1 or end == len(ids)
+        ways = {how for _, how, _ in tokens_of(ids, said)}
+        assert width != PINNED or {"spine", "branch", "bonus"} <= ways
 
 
 LENGTHS = range(1, 25)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from dflash_kernels import Chain, DraftTree, ancestor_mask
 
+from sglang_dflash.step.trace import Chances
 from sglang_dflash.worker.draft import Candidates
 
 _NEVER = -1e4  # a log-probability whose sums stay finite
@@ -34,6 +35,23 @@ def reach(
         chain: the path that was recalled into the tree, of [bs, D]; its nodes count by its own probabilities.
             Those beyond the block are left out: L is what widths are compared by.
     """
+    bs = tree.tokens.shape[0]
+    depths = candidates.ids.shape[1]
+    chance, order = chances(tree, candidates, chain).path.sort(dim=1, descending=True, stable=True)
+    # The root, which comes first, is the target's own.
+    chance, depth = chance[:, 1:], tree.depth.gather(1, order)[:, 1:]
+    level = torch.arange(1, depths + 1, device=depth.device)
+    total = (chance[:, :, None] * (depth[:, :, None] == level)).cumsum(1)
+    # A tree of t nodes has t - 1 below its root. Slices: an index made here would be copied to the device.
+    nothing = torch.zeros_like(level, dtype=torch.float32).expand(bs, -1)
+    by_tier = torch.stack([total[:, t - 2] if t > 1 else nothing for t in tiers], 1)
+    share = torch.zeros(bs, device=depth.device) if sampled is None else sampled.float()
+    classes = torch.stack([1.0 - share, share])
+    return (classes @ by_tier.reshape(bs, -1)).view(2, len(tiers), depths)
+
+
+def chances(tree: DraftTree, candidates: Candidates, chain: Chain | None = None) -> Chances:
+    """The drafter's probability of every node's path, of trees [bs, N]; see `reach` for the arguments."""
     bs, nodes = tree.tokens.shape
     depths, top = candidates.ids.shape[1:]
     place = (tree.depth.long() - 1).clamp(min=0)
@@ -44,6 +62,7 @@ def reach(
     if candidates.edges is not None:
         logprobs = torch.where(_given(tree, known), _by_edges(tree, candidates, mine, at), logprobs)
     lineage = ancestor_mask(tree.ancestors, nodes).float()
+    on = torch.zeros_like(known)
     if chain is not None:
         on, said = _recalled(tree, chain, place, lineage)
         logprobs, known = torch.where(on, said, logprobs), known | on
@@ -52,17 +71,11 @@ def reach(
     # The root is the target's own; a node that nothing links to is padding, whatever its token.
     links = torch.cat([tree.first_child, tree.next_sibling], 1).long()
     linked = torch.zeros((bs, nodes + 1), device=links.device).scatter_(1, links.remainder(nodes + 1), 1.0)
-    chance = paths[:, :, 0].exp() * known * linked[:, :nodes]
-    chance, order = chance.sort(dim=1, descending=True, stable=True)
-    depth = tree.depth.gather(1, order)
-    level = torch.arange(1, depths + 1, device=depth.device)
-    total = (chance[:, :, None] * (depth[:, :, None] == level)).cumsum(1)
-    # A tree of t nodes has t - 1 below its root. Slices: an index made here would be copied to the device.
-    nothing = torch.zeros_like(total[:, 0])
-    by_tier = torch.stack([total[:, t - 2] if t > 1 else nothing for t in tiers], 1)
-    share = torch.zeros(bs, device=depth.device) if sampled is None else sampled.float()
-    classes = torch.stack([1.0 - share, share])
-    return (classes @ by_tier.reshape(bs, -1)).view(2, len(tiers), depths)
+    linked[:, 0] = 1.0
+    linked = linked[:, :nodes]
+    chance = paths[:, :, 0].exp() * known * linked
+    chance[:, 0] = 1.0
+    return Chances(chance, on, linked.sum(1))
 
 
 def _recalled(
