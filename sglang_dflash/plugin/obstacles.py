@@ -11,6 +11,9 @@ from sglang_dflash.plugin.target_head import is_packed
 
 #: Caches of which our kernels read and move every byte; the others keep scales beside them.
 KV_DTYPES = frozenset({None, "auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"})
+#: Attention backends for the ordinary KV cache, slot by slot: on CUDA each may read the prompts, whose rows
+#: our kernel then sees in the verify pass.
+READERS = frozenset({"triton", "fa3", "fa4", "flashinfer", "trtllm_mha", "torch_native"})
 LATENT = "latent attention (MLA)"
 
 
@@ -61,7 +64,13 @@ def _is_latent(facts: Facts) -> bool:
 
 
 def _wrong_backend(facts: Facts) -> bool:
-    return bool(facts.backends - ({"dflash_cpu", "triton"} if facts.on_cpu else {"triton"}))
+    return bool(facts.backends - ({"dflash_cpu", "triton"} if facts.on_cpu else READERS))
+
+
+def _by_heads() -> bool:
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_USE_HND_KVCACHE.get())
 
 
 def named_backends(server_args: Any) -> frozenset[str]:
@@ -136,8 +145,13 @@ OBSTACLES = (
     ),
     Obstacle(
         "an attention backend without our tree kernel",
-        "leave out --attention-backend (triton on CUDA, dflash_cpu on CPU)",
+        f"leave out --attention-backend, or name one of {', '.join(sorted(READERS))}",
         _wrong_backend,
+    ),
+    Obstacle(
+        "a KV cache by heads (SGLANG_USE_HND_KVCACHE)",
+        "unset SGLANG_USE_HND_KVCACHE",
+        lambda facts: _by_heads(),
     ),
     Obstacle(
         "deterministic inference",

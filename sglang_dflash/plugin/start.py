@@ -112,8 +112,7 @@ def _check(server_args: Any) -> None:
         )
     check_setting(get_settings().width, Width(nodes, block))
     if str(cfg.device).startswith("cuda"):
-        for name, value in _cuda_backends(facts):
-            declare_resolution(server_args, "sglang_dflash", **{name: value})
+        declare_resolution(server_args, "sglang_dflash", **_cuda_backends(facts))
 
 
 def _target_model(server_args: Any) -> Any:
@@ -150,9 +149,19 @@ def _decide(facts: Facts) -> Decision:
     return Decision(mode, obstacle.what, obstacle.way_out)
 
 
-def _cuda_backends(facts: Facts) -> Iterator[tuple[str, str]]:
-    """The tree kernel hangs on SGLang's Triton backend: choose it where nobody chose."""
+def _cuda_backends(facts: Facts) -> dict[str, str]:
+    """Which attention serves which pass. The tree kernel hangs on SGLang's Triton backend, so verify and
+    draft passes are that one's; where another was named it reads the prompts (``HybridAttnBackend``)."""
+    chosen = {"speculative_draft_attention_backend": "triton"}
     if not facts.backends:
-        yield "attention_backend", "triton"
-    if facts.cfg.speculative_draft_attention_backend is None:
-        yield "speculative_draft_attention_backend", "triton"
+        return {**chosen, "attention_backend": "triton"}
+    reader = str(facts.cfg.prefill_attention_backend or facts.cfg.attention_backend)
+    if reader == "triton":
+        return {**chosen, "attention_backend": "triton", "decode_attention_backend": "triton"}
+    logger.info("sglang-dflash: %s reads prompts; our kernel in SGLang's Triton backend decodes", reader)
+    return {
+        **chosen,
+        "prefill_attention_backend": reader,
+        "decode_attention_backend": "triton",
+        "speculative_attention_mode": "decode",
+    }

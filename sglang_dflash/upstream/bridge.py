@@ -99,7 +99,11 @@ class Bridge:
     # -- set-up -----------------------------------------------------------------
 
     def backend_name(self) -> str:
-        return type(self.target.attn_backend).__name__
+        """The attention backend's class; of a composed one both, what reads prompts first."""
+        whole = self.target.attn_backend
+        parts = (getattr(whole, name, None) for name in ("prefill_backend", "decode_backend"))
+        names = [type(part).__name__ for part in parts if part is not None]
+        return ", ".join(names or [type(whole).__name__])
 
     def compiles(self) -> bool:
         """Whether a step's kernels are Triton's, each compiled at its first launch."""

@@ -243,6 +243,13 @@ TRITON: dict[str, tuple[str, ...]] = {
         *("max_len_extend", "k_scale", "v_scale", "sm_scale", "logit_cap", "sliding_window_size", "sinks"),
         *("window_kv_offsets", "xai_temperature_len", "max_bs"),
     ),
+    # Where another backend reads prompts (plugin/start.py): what sends the verify pass to this one.
+    "sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend.__init__": (
+        *("self", "model_runner", "prefill_backend", "decode_backend"),
+    ),
+    "sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend._select_backend": (
+        *("self", "forward_mode"),
+    ),
 }
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from dflash_kernels import DraftTree, num_words, tree_attention
 from dflash_kernels.tree_attn.workspace import TreeAttentionWorkspace
+from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_dflash.errors import UserError
 from sglang_dflash.step.width import Width
@@ -143,9 +145,17 @@ class VerifyAttention:
         return True
 
 
-def _seam_of(backend: Any) -> Any:
-    """The backend that has the seam. Raises UserError."""
+def verifier(backend: Any) -> Any:
+    """What of a composed attention backend runs TARGET_VERIFY on attention layers."""
     backend = getattr(backend, "full_attn_backend", backend)
+    if isinstance(backend, HybridAttnBackend):
+        backend = backend._select_backend(ForwardMode.TARGET_VERIFY)
+    return backend
+
+
+def _seam_of(backend: Any) -> Any:
+    """The backend that has the seam, of a composed one what verifies. Raises UserError."""
+    backend = verifier(backend)
     wanted = ("use_verify_splitkv", "use_verify_shared_kv", "verify_splitkv_fwd", "use_mla")
     missing = [name for name in wanted if not hasattr(backend, name)]
     if missing or backend.use_mla:

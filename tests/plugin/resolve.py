@@ -22,14 +22,28 @@ class _Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+class _Hopper:
+    """SGLang's platform, as if the card were an H100."""
+
+    is_sm90 = True
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
 def resolve(args: list[str], env: dict[str, str], default_backend: str) -> dict[str, Any]:
-    from sglang.srt.arg_groups import overrides
+    from sglang.srt.arg_groups import attention_hook, overrides
+    from sglang.srt.runtime_context import get_platform
     from sglang.srt.server_args import prepare_server_args
 
     from sglang_dflash.plugin import mode
     from sglang_dflash.settings import get_settings
 
     get_settings.cache_clear()
+    attention_hook.get_platform = lambda: _Hopper(get_platform())
     overrides.get_default_attn_backend = lambda *args, **kwargs: default_backend
     said = _Lines()
     logging.getLogger("sglang_dflash").addHandler(said)
@@ -49,6 +63,12 @@ def resolve(args: list[str], env: dict[str, str], default_backend: str) -> dict[
             "running": view.max_running_requests,
             "nodes": view.speculative_num_draft_tokens,
             "backends": [view.attention_backend, view.speculative_draft_attention_backend],
+            "passes": {
+                "prompts": view.prefill_attention_backend or view.attention_backend,
+                "verify": view.decode_attention_backend or view.attention_backend,
+                "mode": view.speculative_attention_mode,
+            },
+            "page_size": view.page_size,
             "said": said.lines,
         }
     except (Exception, SystemExit) as error:

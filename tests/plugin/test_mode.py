@@ -127,12 +127,59 @@ def test_a_backend_that_nobody_named_makes_way_for_the_tree_kernel(
     assert (got["mode"], got["backends"]) == ("tree", ["triton", "triton"])
 
 
+#: What the operator names -> what reads prompts, and the page size that SGLang gives it.
+NAMED = {
+    "fa3": ("fa3", 1),
+    "fa4": ("fa4", None),
+    "flashinfer": ("flashinfer", 1),
+    "trtllm_mha": ("trtllm_mha", 64),
+    "torch_native": ("torch_native", 1),
+    "triton": ("triton", 1),
+}
+
+
+@on_gpu
+@pytest.mark.parametrize("named", NAMED)
+def test_a_named_backend_reads_prompts_and_ours_verifies(
+    resolver: Resolve, target_of: Callable[[str], Path], drafter: Path, named: str
+) -> None:
+    got = resolver(target_of("full"), drafter, *GPU, "--attention-backend", named)
+    assert got.get("mode") == "tree", got
+    reader, page = NAMED[named]
+    passes = got["passes"]
+    assert (passes["prompts"], passes["verify"], got["backends"][1]) == (reader, "triton", "triton")
+    # In SGLang's other mode the verify pass would go to what reads prompts, which sees no tree.
+    assert passes["mode"] == "decode" or reader == "triton"
+    assert page is None or got["page_size"] == page
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("flags", "reader"),
+    [
+        (["--prefill-attention-backend", "flashinfer"], "flashinfer"),
+        (["--decode-attention-backend", "fa3"], "fa3"),  # SGLang's default here reads
+        (["--decode-attention-backend", "triton"], "fa3"),
+        (["--attention-backend", "triton", "--speculative-draft-attention-backend", "fa3"], "triton"),
+        (["--prefill-attention-backend", "triton", "--decode-attention-backend", "fa3"], "triton"),
+    ],
+)
+def test_parts_of_the_attention_named_apart(
+    resolver: Resolve, target_of: Callable[[str], Path], drafter: Path, flags: list[str], reader: str
+) -> None:
+    got = resolver(target_of("full"), drafter, *GPU, *flags)
+    assert got.get("mode") == "tree", got
+    passes = got["passes"]
+    assert (passes["prompts"], passes["verify"], got["backends"][1]) == (reader, "triton", "triton")
+    assert passes["mode"] == "decode" or reader == "triton"
+
+
 @on_gpu
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--attention-backend", "fa3"], "without our tree kernel"),
-        (["--attention-backend", "flashinfer"], "without our tree kernel"),
+        (["--attention-backend", "wave"], "without our tree kernel"),
+        (["--prefill-attention-backend", "fa3", "--decode-attention-backend", "flashmla"], "our tree kernel"),
         (["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "all"], "LoRA"),
         (["--speculative-draft-window-size", "64"], "drafter window"),
         (["--enable-deterministic-inference", "--attention-backend", "triton"], "deterministic"),
