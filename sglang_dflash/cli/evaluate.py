@@ -126,8 +126,7 @@ def main(argv: list[str]) -> int:
         policy = live.policy
         if policy.block != drafter.config.block:
             tables = [draft_table(drafter, target, d, policy.block) for d in documents]
-        for t in tables:
-            t.ids, t.logprobs = t.ids[..., : policy.top_k], t.logprobs[..., : policy.top_k]
+        tables = [t.cut(policy.top_k) for t in tables]
         again = judge_tables(tables, [policy.nodes] if policy.nodes else [], bonus)
         if live.same:
             alike = [t for t, equal in zip(tables, live.equal, strict=True) if equal]

@@ -22,6 +22,25 @@ SHARED = (
     *("minutes", "steps", "optimizer", "rate", "warmup", "rows", "anchors", "accumulate", "weight_decay"),
     *("clip", "complementary", "dropout", "feature_noise", "seed", "eval_every", "save_every"),
 )
+# With --selector: those of its loop, and those of the run.
+FOR_SELECTOR = (
+    *("minutes", "steps", "rate", "warmup", "weight_decay", "clip", "rows", "anchors", "gamma", "kl", "seed"),
+    *("eval_every", "save_every"),
+)
+FOR_ALL = (
+    *(
+        "target",
+        "corpus",
+        "out",
+        "init_from",
+        "selector",
+        "greedy_only",
+        "held_out",
+        "features_dir",
+        "exclude",
+    ),
+    "threads",
+)
 
 
 class TrainOptions(Options):
@@ -43,6 +62,11 @@ class TrainOptions(Options):
     )
     mask_token_id: int | None = Field(None, description="default: a token that chat text never holds")
     init_from: Path | None = Field(None, description="continue from a stock DFlash checkpoint")
+    selector: int | None = Field(
+        None,
+        ge=1,
+        description="train only a selector (DFlash 2) of this rank, e.g. 64, over the drafter of --init-from",
+    )
     warm_layers: str = Field(
         "",
         description="start from these target layers, e.g. 27,28,29; default: the last ones; 'none': random",
@@ -130,15 +154,23 @@ def _drafter(o: TrainOptions, target):
 
     from sglang_dflash.train import checkpoint
     from sglang_dflash.train.chat import Chat
+    from sglang_dflash.train.judge import TOP
     from sglang_dflash.train.model import Drafter
 
     torch.manual_seed(o.seed)
     if o.init_from is not None:
         drafter = checkpoint.load_drafter(o.init_from)
+        if drafter.config.selector_rank:
+            raise UserError(
+                f"{o.init_from} has a selector, which stands on the drafter as it is: "
+                "give the drafter it was made from, and train a selector again after it"
+            )
         if drafter.config.hidden != target.hidden or drafter.config.vocab != target.vocab:
             raise UserError(f"{o.init_from} does not fit the target: hidden size or vocabulary differ")
         for line in ignored(o, drafter.config):
             logger.warning(line)
+        if o.selector:
+            drafter.add_selector(o.selector, TOP)
         return drafter.to(target.device, target.dtype)
     mask, name = (o.mask_token_id, "") if o.mask_token_id is not None else Chat(o.target).mask_token()
     if not 0 <= mask < target.vocab:
@@ -173,25 +205,11 @@ def _start(o: TrainOptions, drafter, target, train) -> None:
     checkpoint.balance_fusion(drafter, planes.to(target.device))
 
 
-def main(argv: list[str]) -> int:
-    o = parse(TrainOptions, "sglang-dflash train", argv)
-    import torch
-
-    from sglang_dflash.train import batches, parallel, report
+def _documents(o: TrainOptions, target, drafter):
+    """Answers to train on, and those that judge."""
+    from sglang_dflash.train import batches
     from sglang_dflash.train.corpus import read_meta
     from sglang_dflash.train.features import FeatureWriter
-    from sglang_dflash.train.loss import LossSettings
-    from sglang_dflash.train.target import DenseTarget
-    from sglang_dflash.train.trainer import Trainer, TrainSettings
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    if o.threads:
-        torch.set_num_threads(o.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    target = DenseTarget(o.target, device=device)
-    drafter = _drafter(o, target)
 
     excluded = batches.excluded_hashes(barred(o.exclude))
     train: list[batches.Document] = []
@@ -204,12 +222,16 @@ def main(argv: list[str]) -> int:
         train += batches.load_documents([folder], "train", writer, None, excluded, o.greedy_only)
         if o.held_out > len(held):
             held += batches.load_documents([folder], "heldout", writer, o.held_out - len(held))
-    _start(o, drafter, target, train)
-    responses = sum(len(d.tokens) - d.prompt_len for d in train)
-    logger.info("%d training documents, %d response tokens; %d held out", len(train), responses, len(held))
+    return train, held
+
+
+def _drafter_settings(o: TrainOptions, device: str):
+    """Settings of a run that trains a whole drafter."""
+    from sglang_dflash.train.loss import LossSettings
+    from sglang_dflash.train.trainer import TrainSettings
 
     how = o.attention if o.attention != "auto" else ("flex" if device.startswith("cuda") else "split")
-    settings = TrainSettings(
+    return TrainSettings(
         loss=LossSettings(
             gamma=o.gamma,
             kl=o.kl,
@@ -224,8 +246,52 @@ def main(argv: list[str]) -> int:
         negatives=o.negatives if o.negatives is not None else (2048 if device == "cpu" else -1),
         **{name: getattr(o, name) for name in SHARED},
     )
+
+
+def _selector_settings(o: TrainOptions, rank: int):
+    """Settings of a run that trains a selector alone: those given, where it has them."""
+    from sglang_dflash.train.selector import SelectorSettings
+
+    if o.init_from is None:
+        raise UserError("--selector needs --init-from: the drafter that it is trained for")
+    given = o.model_fields_set
+    if unused := sorted(given - {*FOR_SELECTOR, *FOR_ALL}):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise UserError(f"{names}: not with --selector, which leaves the drafter as it is")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--selector trains in one process: start it without accelerate or torchrun")
+    chosen = {name: getattr(o, name) for name in FOR_SELECTOR if name in given}
+    return SelectorSettings(rank=rank, **chosen)
+
+
+def main(argv: list[str]) -> int:
+    o = parse(TrainOptions, "sglang-dflash train", argv)
+    selector = _selector_settings(o, o.selector) if o.selector else None
+    import torch
+
+    from sglang_dflash.train import parallel, report
+    from sglang_dflash.train.selector import SelectorTrainer
+    from sglang_dflash.train.target import DenseTarget
+    from sglang_dflash.train.trainer import Trainer
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    target = DenseTarget(o.target, device=device)
+    drafter = _drafter(o, target)
+
+    train, held = _documents(o, target, drafter)
+    _start(o, drafter, target, train)
+    responses = sum(len(d.tokens) - d.prompt_len for d in train)
+    logger.info("%d training documents, %d response tokens; %d held out", len(train), responses, len(held))
+
+    settings = selector or _drafter_settings(o, device)
     view = report.View(o.out, settings)
-    trainer = Trainer(drafter, target, train, held, settings, o.out, view.observe)
+    kind = SelectorTrainer if selector else Trainer
+    trainer = kind(drafter, target, train, held, settings, o.out, view.observe)
     if trainer.resume():
         logger.info("resumed at step %d, %.1f minutes in", trainer.step, trainer.elapsed / 60)
     options = json.loads(o.model_dump_json())
@@ -237,6 +303,12 @@ def main(argv: list[str]) -> int:
             report.plot(o.out)
     except OSError as error:
         raise UserError(f"cannot write to {o.out}: {error.strerror or error}; free some space") from None
-    if parallel.is_main():
-        print(f"best held-out accept length {best:.3f} (chain); drafter: {o.out / 'best'}")
+    if not parallel.is_main():
+        return 0
+    if not (o.out / "best").is_dir():
+        raise UserError(
+            f"no selector did better than the drafter alone ({best:.3f}, {kind.score}, held out): "
+            "nothing saved; give more answers or --kl 0"
+        )
+    print(f"best held-out accept length {best:.3f} ({kind.score}); drafter: {o.out / 'best'}")
     return 0

@@ -1,4 +1,4 @@
-"""Greedy chat requests through the ``openai`` client, streamed, with SGLang's extra fields read back."""
+"""Chat requests, greedy by default, by the ``openai`` client, streamed, SGLang's extra fields read back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sglang_dflash.client import access
 from sglang_dflash.client.jsonl import read_rows
 from sglang_dflash.errors import UserError
 
-Kind = Literal["chat", "code"]
+Kind = Literal["chat", "code", "edit"]
 
 
 class Prompt(BaseModel):
@@ -102,10 +102,12 @@ def stream_reply(
     prompt: Prompt,
     *,
     max_tokens: int,
+    temperature: float = 0.0,
+    seed: int | None = None,
     model: str = "default",
     on_text: Callable[[str], None] | None = None,
 ) -> Reply:
-    """Send one prompt greedily and read the stream to its end.
+    """Send one prompt, greedily unless said otherwise, and read the stream to its end.
 
     SGLang returns token ids and speculative counters in ``sglext``, in a chunk after the last text.
     Raises :class:`UserError` when the server does not send them (another server, an error).
@@ -119,7 +121,8 @@ def stream_reply(
         stream = client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": prompt.prompt}],
-            temperature=0,
+            temperature=temperature,
+            seed=seed,
             max_tokens=max_tokens,
             stream=True,
             extra_body={

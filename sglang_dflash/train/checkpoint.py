@@ -13,6 +13,12 @@ from sglang_dflash.train.corpus import write_atomically
 from sglang_dflash.train.model import Drafter, DrafterConfig
 from sglang_dflash.train.target import DenseTarget
 
+#: Keys of drafters that draft otherwise than :class:`~sglang_dflash.train.model.Drafter` does.
+FOREIGN = (
+    *("conv_kernel_size", "projector_type", "attention_sink_bias", "query_zero_predicts_next"),
+    *("sample_from_anchor", "draft_vocab_size", "output_multiplier", "final_logit_softcapping"),
+)
+
 
 def default_target_layers(depth: int, count: int = 5) -> tuple[int, ...]:
     """Feature layers spread from the second to the third-to-last layer (paper, section 3.2)."""
@@ -59,8 +65,9 @@ def config_json(c: DrafterConfig, extra: dict | None = None) -> dict:
 
     ``extra`` goes under ``dflash_config`` (unknown keys there are ignored by both).
     """
+    selector = {"selector_rank": c.selector_rank, "selector_top_k": c.selector_top_k}
     return {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": ["DFlash2DraftModel" if c.selector_rank else "DFlashDraftModel"],
         "model_type": "qwen3",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -68,6 +75,7 @@ def config_json(c: DrafterConfig, extra: dict | None = None) -> dict:
         "dflash_config": {
             "mask_token_id": c.mask_token,
             "target_layer_ids": list(c.target_layers),
+            **(selector if c.selector_rank else {}),
             **(extra or {}),
         },
         "dtype": "bfloat16",
@@ -110,7 +118,7 @@ def read_config(folder: Path) -> tuple[DrafterConfig, dict]:
     try:
         j = json.loads(file.read_text())
         d = j.get("dflash_config") or {}
-        for key in ("selector_rank", "conv_kernel_size", "projector_type", "attention_sink_bias"):
+        for key in FOREIGN:
             if d.get(key) or j.get(key):
                 raise UserError(f"{folder} is no stock DFlash drafter ({key} is set): not trainable here")
         rope = j.get("rope_parameters") or j.get("rope_scaling") or {}
@@ -134,6 +142,8 @@ def read_config(folder: Path) -> tuple[DrafterConfig, dict]:
             eps=float(j.get("rms_norm_eps", 1e-6)),
             rope_theta=float(rope.get("rope_theta") or j.get("rope_theta", 10000.0)),
             max_positions=int(j.get("max_position_embeddings", 8192)),
+            selector_rank=int(d.get("selector_rank") or 0),
+            selector_top_k=int(d.get("selector_top_k") or 0),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is not a DFlash drafter's config: {type(error).__name__} {error}") from None

@@ -8,15 +8,16 @@ the anchors that such a run visits. Numbers agree with a server up to bf16 ties.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from dflash_kernels import build_tree
 from torch.nn import functional as F
 
+from sglang_dflash.step.selector import Selector, edges_of
 from sglang_dflash.train.batches import Document, build_batch
-from sglang_dflash.train.model import Drafter
+from sglang_dflash.train.model import CandidateSelector, Drafter
 from sglang_dflash.train.target import DenseTarget
 
 TOP = 16
@@ -29,6 +30,8 @@ class Table:
     anchor: [P] token ids; labels: [P, L] right tokens (-1 past the end)
     ids, logprobs: [P, L, TOP] best candidates, descending; rank: [P, L] rank of the right token
     family, temperature: of the document
+    edges: [P, L, TOP, TOP] a selector's word on each candidate (last) behind each of the position before
+    hidden: [P, L, H] the drafter's states, where they were asked for
     """
 
     anchor: torch.Tensor
@@ -38,11 +41,23 @@ class Table:
     rank: torch.Tensor
     family: str
     temperature: float
+    edges: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+    def cut(self, top_k: int) -> Table:
+        """The same of the ``top_k`` best candidates alone."""
+        edges = None if self.edges is None else self.edges[..., :top_k, :top_k]
+        return replace(self, ids=self.ids[..., :top_k], logprobs=self.logprobs[..., :top_k], edges=edges)
 
 
 @torch.inference_mode()
 def draft_table(
-    drafter: Drafter, target: DenseTarget, document: Document, block: int | None = None, rows: int = 448
+    drafter: Drafter,
+    target: DenseTarget,
+    document: Document,
+    block: int | None = None,
+    rows: int = 448,
+    keep_hidden: bool = False,
 ) -> Table:
     """Draft from every anchor of ``document`` with the target's full head."""
     c = drafter.config
@@ -62,7 +77,7 @@ def draft_table(
         rank.append((z > mine).sum(-1))
         ids.append(best)
         logprobs.append(values - z.logsumexp(-1, keepdim=True))
-    return Table(
+    table = Table(
         batch.inputs[0, :, 0],
         batch.labels[0],
         torch.cat(ids).view(P, L, TOP),
@@ -70,12 +85,30 @@ def draft_table(
         torch.cat(rank).view(P, L),
         document.family,
         document.temperature,
+        hidden=hidden,
     )
+    if drafter.candidate_selector is not None:
+        table = with_edges(table, drafter.candidate_selector)
+    return table if keep_hidden else replace(table, hidden=None)
+
+
+def with_edges(table: Table, module: CandidateSelector) -> Table:
+    """``table``, which has its hidden states, as a selector orders it."""
+    table = table.cut(module.top_k)
+    pairs = Selector(module).pairs(table.anchor, table.ids, table.hidden)
+    return replace(table, edges=edges_of(table.logprobs, pairs))
 
 
 def chain_accepts(table: Table) -> torch.Tensor:
-    """[P] drafted tokens accepted from each anchor by the top-1 chain."""
-    right = (table.ids[..., 0] == table.labels) & (table.labels >= 0)
+    """[P] drafted tokens accepted from each anchor by the top-1 chain (a selector's: by its walk)."""
+    walk = table.ids[..., 0]
+    if table.edges is not None:
+        # A wrong candidate ends the run, so each may be judged behind the right predecessor.
+        before = (table.ids[:, :-1] == table.labels[:, :-1, None]).long().argmax(-1)
+        row = torch.cat([torch.zeros_like(before[:, :1]), before], 1)[..., None, None]
+        edges = table.edges.gather(2, row.expand(-1, -1, 1, table.edges.shape[-1]))[:, :, 0]
+        walk = table.ids.gather(2, edges.argmax(-1, keepdim=True))[..., 0]
+    right = (walk == table.labels) & (table.labels >= 0)
     return right.long().cumprod(1).sum(1)
 
 
@@ -84,7 +117,9 @@ def tree_accepts(table: Table, nodes: int, depth_bonus: torch.Tensor | None = No
     P, L = table.labels.shape
     device = table.labels.device
     bonus = None if depth_bonus is None else depth_bonus.to(device)
-    tree = build_tree(table.anchor, table.logprobs, table.ids, num_nodes=nodes, depth_bonus=bonus)
+    tree = build_tree(
+        table.anchor, table.logprobs, table.ids, num_nodes=nodes, depth_bonus=bonus, edges=table.edges
+    )
     at = torch.zeros(P, dtype=torch.long, device=device)
     alive = torch.ones(P, dtype=torch.bool, device=device)
     accepted = torch.zeros(P, dtype=torch.long, device=device)

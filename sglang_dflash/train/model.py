@@ -8,7 +8,7 @@ One forward drafts many blocks of many documents at once, which neither of those
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -35,6 +35,8 @@ class DrafterConfig:
     eps: float = 1e-6
     rope_theta: float = 10000.0
     max_positions: int = 8192
+    selector_rank: int = 0  # 0: none
+    selector_top_k: int = 0
 
 
 class RMSNorm(nn.Module):
@@ -126,6 +128,21 @@ class Rope:
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+class CandidateSelector(nn.Module):
+    """DFlash 2's selector: tables that score each candidate behind each of the position before it.
+
+    Names and shapes are SGLang's (``models/dflash.py: CandidateSelector``). Without values it says nothing.
+    """
+
+    def __init__(self, vocab: int, hidden: int, rank: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.predecessor_codebook = nn.Parameter(torch.zeros(vocab, rank))
+        self.successor_codebook = nn.Parameter(torch.zeros(vocab, rank))
+        self.hidden_projection = nn.Linear(hidden, rank, bias=False)
+        nn.init.zeros_(self.hidden_projection.weight)
+
+
 class Drafter(nn.Module):
     """``(block embeddings, target features) -> hidden states`` for the target's frozen head."""
 
@@ -138,6 +155,15 @@ class Drafter(nn.Module):
         self.hidden_norm = RMSNorm(c.hidden, c.eps)
         self.rope = Rope(c)
         self.reset()
+        self.candidate_selector: CandidateSelector | None = None
+        if c.selector_rank:
+            self.add_selector(c.selector_rank, c.selector_top_k)
+
+    def add_selector(self, rank: int, top_k: int) -> None:
+        """Make room for a selector of ``top_k`` candidates; it says nothing yet."""
+        self.config = replace(self.config, selector_rank=rank, selector_top_k=top_k)
+        module = CandidateSelector(self.config.vocab, self.config.hidden, rank, top_k)
+        self.candidate_selector = module.to(self.fc.weight.device, self.fc.weight.dtype)
 
     def reset(self) -> None:
         """Random start: normal(0.02), the layers' outputs scaled down by depth."""

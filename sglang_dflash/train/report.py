@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_dflash.train.trainer import Point, TrainSettings
+from sglang_dflash.train.loop import Budget, Point
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,7 +21,7 @@ logger = logging.getLogger("sglang_dflash.train")
 class View:
     """Shows points as they come; without a terminal, one line every half minute."""
 
-    def __init__(self, out: Path, settings: TrainSettings) -> None:
+    def __init__(self, out: Path, settings: Budget) -> None:
         self.settings, self.last, self.smooth = settings, 0.0, [0.0, 0.0]
         self.bar: Progress | None = None
         self.board: SummaryWriter | None = None

@@ -92,7 +92,8 @@ def test_default_layers_are_the_paper_s():
     [
         ({"hidden_size": 48}, "shape"),
         ({"block_size": None, "dflash_config": {}}, "not a DFlash drafter"),
-        ({"dflash_config": {"selector_rank": 8}}, "selector_rank"),
+        ({"dflash_config": {"sample_from_anchor": True}}, "sample_from_anchor"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"layer_types": ["sliding_attention"]}, "sliding"),
     ],
 )

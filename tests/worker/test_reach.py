@@ -8,8 +8,8 @@ import pytest
 import torch
 from dflash_kernels import Chain, build_tree
 
+from sglang_dflash.step.selector import edges_of
 from sglang_dflash.worker.draft import Candidates
-from sglang_dflash.worker.draft.selector import edges_of
 from sglang_dflash.worker.tree.reach import reach
 
 

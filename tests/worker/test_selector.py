@@ -13,9 +13,9 @@ from sglang.srt.models import dflash
 from sglang_dflash.platform.model_mends import _run_eagerly
 from sglang_dflash.step.noise import StepNoise
 from sglang_dflash.step.sampling import SamplingParams
+from sglang_dflash.step.selector import Selector, edges_of
 from sglang_dflash.step.width import Width
 from sglang_dflash.worker.draft import DraftStage
-from sglang_dflash.worker.draft.selector import Selector, edges_of
 
 BS, BLOCK, TOP, HIDDEN, VOCAB, RANK = 3, 6, 5, 24, 90, 8
 DEPTH = BLOCK - 1

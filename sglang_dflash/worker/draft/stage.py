@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_dflash.step.selector import Selector, edges_of
 from sglang_dflash.step.width import Step
 from sglang_dflash.worker.draft.couple import POOL, couple, mixture, race_for
-from sglang_dflash.worker.draft.selector import Selector, edges_of
 
 if TYPE_CHECKING:
     from sglang_dflash.upstream.bridge import Bridge
