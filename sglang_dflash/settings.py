@@ -49,9 +49,9 @@ class Settings(BaseSettings):
         "control:FILE, what the file says",
     )
     recall: bool = Field(
-        False,
+        True,
         description="also draft what followed the longest match of the text's end earlier in the request "
-        "(exact as everything; off until its worth is measured)",
+        "(prompt and answer; exact as everything)",
     )
     calibrate: bool = Field(
         True, description="add the drafter's fitted per-depth log-bonus (dflash_config.tree_depth_bonus)"

@@ -90,7 +90,8 @@ def collect(drafter: Drafter, target: DenseTarget, sampler: Sampler, how: str = 
         hidden = drafter(F.embedding(batch.inputs, target.embed), features, batch.layout)[:, :, 1:]
         labels = batch.labels.flatten(0, 1)
         before = torch.cat([batch.inputs[..., :1], batch.labels[..., :-1]], -1).flatten(0, 1)
-        hidden, last = hidden.flatten(0, 1), last.flatten(0, 1)
+        # Of rows that do not lie behind each other, a CPU's bfloat16 product takes 300 times as long.
+        hidden, last = hidden.flatten(0, 1).contiguous(), last.flatten(0, 1)
         z = F.linear(hidden, target.head).float()
         values, ids = z.topk(TOP, dim=-1)
         logprobs = values - z.logsumexp(-1, keepdim=True)

@@ -106,8 +106,9 @@ class Bridge:
         return ", ".join(names or [type(whole).__name__])
 
     def compiles(self) -> bool:
-        """Whether a step's kernels are Triton's, each compiled at its first launch."""
-        return use_triton(self.target.req_to_token_pool.req_to_token)
+        """Whether a step's kernels are Triton's for a GPU, each compiled at its first launch."""
+        table = self.target.req_to_token_pool.req_to_token
+        return use_triton(table) and table.is_cuda
 
     def check_served(self) -> None:
         """Refuse at start what a step could only trip over. Raises UserError."""
