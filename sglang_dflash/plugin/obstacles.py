@@ -102,7 +102,7 @@ OBSTACLES = (
         lambda facts: not (facts.on_cpu or str(facts.cfg.device).startswith("cuda")),
     ),
     Obstacle(
-        "targets with Mamba or linear-attention layers (their state cannot branch)",
+        "targets with Mamba or linear-attention layers (a state by node is not committed yet)",
         "use a target with attention layers only",
         _is_hybrid,
     ),

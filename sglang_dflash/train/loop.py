@@ -39,7 +39,7 @@ class Point:
     step: int
     seconds: float
     loss: float
-    accept: float
+    accept: float  # tokens a block at random anchors; of a selector the share whose first candidate is right
     rate: float
     norm: float
     right: list[float] = field(default_factory=list)  # top-1 right by drafted position

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger("sglang_dflash.train")
+ACCEPT = "accept"
 
 
 class View:
@@ -67,10 +68,14 @@ class View:
             keep * a + (1 - keep) * b for a, b in zip(self.smooth, (p.loss, p.accept), strict=True)
         ]
         loss, accept = self.smooth
-        text = f"step {p.step} loss {loss:.3f} accept {accept:.2f} rate {p.rate:.1e} norm {p.norm:.2f}"
+        text = (
+            f"step {p.step} loss {loss:.3f} {_name(accept)} {accept:.2f} rate {p.rate:.1e} norm {p.norm:.2f}"
+        )
         if self.board is not None:
             self.board.add_scalar("train/loss", p.loss, p.step)
-            self.board.add_scalar("train/accept_random_anchors", p.accept, p.step)
+            self.board.add_scalar(
+                f"train/{_name(p.accept).replace(' ', '_')}_random_anchors", p.accept, p.step
+            )
             self.board.add_scalar("train/rate", p.rate, p.step)
             for name, value in (p.held_out or {}).items():
                 self.board.add_scalar(f"held_out/{name}", value, p.step)
@@ -83,6 +88,11 @@ class View:
         elif self.bar is None and now - self.last > 30:
             self.last = now
             logger.info("%.0f%% %s", 100 * self._done(p), text)
+
+
+def _name(accept: float) -> str:
+    """What a point's ``accept`` is: no block brings less than one token, no share is above one."""
+    return ACCEPT if accept >= 1 else "right first"
 
 
 def plot(out: Path) -> Path:
@@ -103,7 +113,9 @@ def plot(out: Path) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     axes[0].plot(minutes, smooth([r["loss"] for r in rows]))
     axes[0].set(xlabel="minutes", ylabel="loss")
-    axes[1].plot(minutes, smooth([r["accept"] for r in rows]), alpha=0.4, label="training, random anchors")
+    accept = [r["accept"] for r in rows]
+    if _name(accept[0]) == ACCEPT:
+        axes[1].plot(minutes, smooth(accept), alpha=0.4, label="training, random anchors")
     judged = [r for r in rows if r.get("held_out")]
     for policy in ("all/chain", "all/tree-32"):
         axes[1].plot(
