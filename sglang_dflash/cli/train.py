@@ -161,10 +161,11 @@ def _drafter(o: TrainOptions, target):
     if o.init_from is not None:
         drafter = checkpoint.load_drafter(o.init_from)
         if drafter.config.selector_rank:
-            raise UserError(
-                f"{o.init_from} has a selector, which stands on the drafter as it is: "
-                "give the drafter it was made from, and train a selector again after it"
-            )
+            logger.warning(
+                "the selector of %s is left out: it stands on the drafter as it was%s", o.init_from,
+                "" if o.selector else "; train one again afterwards with --selector",
+            )  # fmt: skip
+            drafter.drop_selector()
         if drafter.config.hidden != target.hidden or drafter.config.vocab != target.vocab:
             raise UserError(f"{o.init_from} does not fit the target: hidden size or vocabulary differ")
         for line in ignored(o, drafter.config):

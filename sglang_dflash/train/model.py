@@ -165,6 +165,11 @@ class Drafter(nn.Module):
         module = CandidateSelector(self.config.vocab, self.config.hidden, rank, top_k)
         self.candidate_selector = module.to(self.fc.weight.device, self.fc.weight.dtype)
 
+    def drop_selector(self) -> None:
+        """The drafter alone again."""
+        self.config = replace(self.config, selector_rank=0, selector_top_k=0)
+        self.candidate_selector = None
+
     def reset(self) -> None:
         """Random start: normal(0.02), the layers' outputs scaled down by depth."""
         for name, p in self.named_parameters():

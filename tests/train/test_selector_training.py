@@ -129,8 +129,6 @@ def test_it_resumes_to_the_same_tables(
     [
         (["--selector", "8"], "needs --init-from"),
         (["--selector", "8", "--layers", "2", "--init-from", "DRAFTER"], "--layers: not with --selector"),
-        (["--selector", "8", "--init-from", "TRAINED"], "has a selector"),
-        (["--init-from", "TRAINED"], "has a selector"),
         (["--selector", "0", "--init-from", "DRAFTER"], "greater than or equal to 1"),
     ],
 )
@@ -138,17 +136,31 @@ def test_bad_input_is_one_line(
     corpus_dir: Path,
     target_dir: Path,
     drafter_dir: Path,
-    trained: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
     message: str,
 ) -> None:
-    places = {"DRAFTER": str(drafter_dir), "TRAINED": str(trained / "best")}
-    given = [places.get(word, word) for word in words]
+    given = [str(drafter_dir) if word == "DRAFTER" else word for word in words]
     assert run(corpus_dir, target_dir, tmp_path, *given, "--steps", "2") == 2
     lines = capsys.readouterr().err.splitlines()
     assert message in lines[-1]
+
+
+@pytest.mark.parametrize("more", [[], ["--selector", "4"]])
+def test_a_drafter_that_has_one_starts_without(
+    corpus_dir: Path,
+    target_dir: Path,
+    trained: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    more: list[str],
+) -> None:
+    words = ["--init-from", str(trained / "best"), "--steps", "20", "--rate", "1e-2", *more]
+    assert run(corpus_dir, target_dir, tmp_path, *words) == 0
+    assert "is left out" in caplog.text
+    config = load_drafter(tmp_path / "best").config
+    assert config.selector_rank == (4 if more else 0)
 
 
 def test_a_selector_that_does_not_help_is_not_saved(
