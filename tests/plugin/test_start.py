@@ -136,8 +136,8 @@ def test_a_plain_server_is_served() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"backends": ("flashinfer",)}, "without our tree kernel"),
-        ({"backends": ("fa3",), "device": "cuda"}, "without our tree kernel"),
+        ({"backends": ("flashmla",)}, "without our tree kernel"),
+        ({"backends": ("wave",), "device": "cuda"}, "without our tree kernel"),
         ({"backends": ("dflash_cpu",), "device": "cuda"}, "without our tree kernel"),
         ({"device": "xpu"}, "kind of device"),
         ({"enable_deterministic_inference": True}, "deterministic"),
