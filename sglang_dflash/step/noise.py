@@ -29,6 +29,7 @@ class StepNoise:
         steps = torch.arange(1, depths + 1, device=prefix_lens.device)
         self.positions = (prefix_lens[:, None] + steps).reshape(-1)
         self._table: torch.Tensor | None = None
+        self._there = torch.zeros(0, dtype=torch.bool)
 
     @classmethod
     def of(cls, sampling: SamplingParams | None, prefix_lens: torch.Tensor, depths: int) -> StepNoise | None:
@@ -44,10 +45,23 @@ class StepNoise:
         first = torch.arange(depth.shape[0], device=depth.device) * self.depths
         return (first[:, None] + depth).reshape(-1)
 
-    def table(self, vocab: int) -> torch.Tensor | None:
-        """Exponential noise float32 [bs * B, V], computed once; None on CUDA, where kernels hash it."""
+    def table(self, vocab: int, rows: torch.Tensor) -> torch.Tensor | None:
+        """Exponential noise float32 [bs * B, V], of which those rows are there that ``rows`` names (int64,
+        any shape, some maybe twice); None on CUDA, where kernels hash it.
+
+        A row is computed once, when it is first asked for: with recall a path may go down to the tree's
+        last node, and most steps' trees are not that deep.
+        """
         if self.seeds.is_cuda:
             return None
         if self._table is None or self._table.shape[1] < vocab:
-            self._table = race_noise(self.seeds, self.positions, vocab)
+            self._table = torch.empty((len(self.seeds), vocab))
+            self._there = torch.zeros(len(self.seeds), dtype=torch.bool)
+        missing = rows.flatten().unique()
+        missing = missing[~self._there[missing]]
+        if len(missing):
+            self._table[missing] = race_noise(
+                self.seeds[missing], self.positions[missing], self._table.shape[1]
+            )
+            self._there[missing] = True
         return self._table[:, :vocab]

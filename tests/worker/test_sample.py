@@ -140,15 +140,31 @@ def test_a_node_takes_the_token_that_plain_decoding_takes() -> None:
             assert int(sample_rows(probs, one, position)) == int(got[b, n])
 
 
-def test_the_step_computes_each_depth_once() -> None:
+def test_the_step_computes_a_row_once_and_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    def counted(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
+        computed.extend(positions.tolist())
+        return race_noise(seeds, positions, vocab)
+
+    monkeypatch.setattr("sglang_dflash.step.noise.race_noise", counted)
     noise = StepNoise(torch.tensor([3, 4]), torch.tensor([10, 20]), 3)
-    table = noise.table(50)
+    groups = noise.groups(torch.tensor([[0, 2, 2], [1, 1, 0]]))
+    assert groups.tolist() == [0, 2, 2, 4, 4, 3]
+    table = noise.table(50, groups)
     assert table is not None
     assert table.shape == (6, 50)
-    assert noise.table(50).data_ptr() == table.data_ptr()
-    want = race_noise(torch.tensor([3, 3, 3, 4, 4, 4]), torch.tensor([11, 12, 13, 21, 22, 23]), 50)
-    assert torch.equal(table, want)
-    assert noise.groups(torch.tensor([[0, 2], [1, 1]])).tolist() == [0, 2, 4, 4]
+    assert sorted(computed) == [11, 13, 21, 22]
+    want = race_noise(torch.tensor([3, 3, 3, 4, 4, 4]), torch.tensor([11, 12, 13, 21, 22, 23]), 60)
+    assert torch.equal(table[groups], want[groups, :50])
+    everything = noise.table(50, torch.arange(6).view(2, 3))
+    assert everything is not None
+    assert torch.equal(everything, want[:, :50])
+    assert sorted(computed) == [11, 12, 13, 21, 22, 23]
+    # A wider vocabulary has the same noise for the ids that both hold.
+    wider = noise.table(60, groups)
+    assert wider is not None
+    assert torch.equal(wider[groups], want[groups])
 
 
 def test_greedy_batches_have_no_noise() -> None:

@@ -21,11 +21,12 @@ def sample_nodes(
     """
     params = params.per_row(depth.shape[1])
     probs = filtered_probs(logits, params)
+    groups = noise.groups(depth)
     sampled = race_argmax(
         probs,
         noise.seeds,
         noise.positions,
-        groups=noise.groups(depth),
-        noise=noise.table(logits.shape[1]),
+        groups=groups,
+        noise=noise.table(logits.shape[1], groups),
     )
     return torch.where(params.top_k <= 1, argmax(logits), sampled) if params.any_top_k else sampled

@@ -32,7 +32,7 @@ def race_for(noise: StepNoise, params: SamplingParams, depth: int, vocab: int) -
     """
     unfiltered = (params.top_k >= vocab) & (params.top_p >= 1.0) & (params.min_p <= 0.0)
     rows = noise.groups(torch.arange(depth, device=noise.seeds.device).expand(len(params.top_k), -1))
-    table = noise.table(vocab)
+    table = noise.table(vocab, rows)
     return Race(
         seeds=noise.seeds[rows],
         positions=noise.positions[rows],
