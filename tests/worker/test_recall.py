@@ -12,7 +12,7 @@ from dflash_kernels import Accepted, accept_tree
 from sglang_dflash.step.history import TokenHistory
 from sglang_dflash.step.width import Step, Width
 from sglang_dflash.worker.draft import Candidates
-from sglang_dflash.worker.recall import RecallStage
+from sglang_dflash.worker.recall import Recalled, RecallStage
 from sglang_dflash.worker.tree import TreeStage
 
 VOCAB = 1000
@@ -40,6 +40,14 @@ def rows(bs: int) -> torch.Tensor:
     return torch.arange(1, bs + 1)
 
 
+def recalled_by(
+    stage: RecallStage, history: TokenHistory, rows: torch.Tensor, step: Step, candidates: Candidates
+) -> Recalled:
+    found = stage(history, rows, step, candidates)
+    assert found is not None
+    return found
+
+
 def accepted(step: Step, chain: list[list[int]]) -> Accepted:
     """The outcome where the target says ``chain`` and the tree followed all but the last token."""
     lens = torch.tensor([len(c) for c in chain], dtype=torch.int32)
@@ -54,13 +62,13 @@ def test_a_repeated_phrase_goes_on_as_before_and_deeper_than_the_block() -> None
     width = Width(8, 3)
     history, step = stage_and_step([[1, 2, *PHRASE, 3, 4, 41, 42, 43], [5, 6, 7, 8, 9]], width)
     stage = RecallStage("cpu", VOCAB)
-    found = stage(history, rows(2), step, drafted(2, width))
+    found = recalled_by(stage, history, rows(2), step, drafted(2, width))
     assert found.found.tolist() == [True, False]
     assert found.chain.ids[0, :5].tolist() == PHRASE[3:]
     assert torch.isinf(found.chain.logprobs[1]).all()
     for _ in range(50):  # it has come true before
         stage.learn(found, accepted(step, [PHRASE[3:], [999]]))
-    found = stage(history, rows(2), step, drafted(2, width))
+    found = recalled_by(stage, history, rows(2), step, drafted(2, width))
     tree, _ = TreeStage(depth_bonus=None, rewrite=None, device="cpu")(drafted(2, width), step, found.chain)
     right = torch.zeros((2, 8), dtype=torch.int64)
     for node in range(8):  # the target goes on with the phrase
@@ -71,8 +79,16 @@ def test_a_repeated_phrase_goes_on_as_before_and_deeper_than_the_block() -> None
     assert outcome.out_tokens[0, :3].tolist() == PHRASE[3:6]
 
 
+def test_where_no_text_repeats_there_is_no_chain_to_build() -> None:
+    width = Width(8, 3)
+    history, step = stage_and_step([[1, 2, 3, 4, 5], [5, 6, 7, 8, 5, 6]], width)
+    assert RecallStage("cpu", VOCAB)(history, rows(2), step, drafted(2, width)) is None
+
+
 def chances(stage: RecallStage, history: TokenHistory, step: Step, width: Width) -> torch.Tensor:
-    return stage(history, rows(step.batch_size), step, drafted(step.batch_size, width)).chain.logprobs.exp()
+    return recalled_by(
+        stage, history, rows(step.batch_size), step, drafted(step.batch_size, width)
+    ).chain.logprobs.exp()
 
 
 def test_what_comes_true_grows_and_what_does_not_shrinks() -> None:
@@ -83,16 +99,16 @@ def test_what_comes_true_grows_and_what_does_not_shrinks() -> None:
     before = chances(good, history, step, width)
     for _ in range(50):
         candidates = drafted(1, width)
-        recalled = good(history, rows(1), step, candidates)
+        recalled = recalled_by(good, history, rows(1), step, candidates)
         good.learn(recalled, accepted(step, [PHRASE[3:8]]))
-        bad.learn(bad(history, rows(1), step, candidates), accepted(step, [[999]]))
+        bad.learn(recalled_by(bad, history, rows(1), step, candidates), accepted(step, [[999]]))
     grown, shrunk = chances(good, history, step, width), chances(bad, history, step, width)
     assert (grown[0, :5] > before[0, :5]).all()
     assert shrunk[0, 0] < 0.2 * before[0, 0]
     # Behind a wrong token nothing is known: no count was touched.
     assert torch.equal(shrunk[0, 4:], before[0, 4:])
     # A chain that does not pay takes no node.
-    stale = bad(history, rows(1), step, drafted(1, width)).chain
+    stale = recalled_by(bad, history, rows(1), step, drafted(1, width)).chain
     tree, _ = TreeStage(depth_bonus=None, rewrite=None, device="cpu")(drafted(1, width), step, stale)
     assert not set(tree.tokens[0, 1:].tolist()) & set(PHRASE)
 
@@ -101,10 +117,10 @@ def test_what_the_drafter_says_is_counted_apart() -> None:
     width = Width(8, 3)
     history, step = stage_and_step([[*PHRASE, 3, *PHRASE[:3]]], width)
     stage = RecallStage("cpu", VOCAB)
-    alone = stage(history, rows(1), step, drafted(1, width)).chain.logprobs
+    alone = recalled_by(stage, history, rows(1), step, drafted(1, width)).chain.logprobs
     best, among = drafted(1, width), drafted(1, width)
     best.ids[0, 0, 0] = among.ids[0, 0, 2] = PHRASE[3]
-    values = [stage(history, rows(1), step, c).chain.logprobs[0, 0] for c in (best, among)]
+    values = [recalled_by(stage, history, rows(1), step, c).chain.logprobs[0, 0] for c in (best, among)]
     assert values[0] > values[1] > alone[0, 0]
 
 
@@ -116,7 +132,7 @@ def test_sampled_requests_are_counted_apart() -> None:
     step.sampling, step.noise = sampling, SimpleNamespace()  # type: ignore[assignment]
     stage = RecallStage("cpu", VOCAB)
     for _ in range(50):
-        recalled = stage(history, rows(2), step, drafted(2, width))
+        recalled = recalled_by(stage, history, rows(2), step, drafted(2, width))
         stage.learn(recalled, accepted(step, [PHRASE[3:8], [999]]))
     greedy, drawn = chances(stage, history, step, width)
     assert greedy[0] > 0.8 > 0.1 > drawn[0]

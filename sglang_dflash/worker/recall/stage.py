@@ -65,8 +65,9 @@ class RecallStage:
 
     def __call__(
         self, history: TokenHistory, rows: torch.Tensor, step: Step, drafted: Candidates
-    ) -> Recalled:
-        """Chains of ``step.deepest`` tokens.
+    ) -> Recalled | None:
+        """Chains of ``step.deepest`` tokens; on a CPU None where no request has one, so that text without
+        repetition pays for the search alone (a GPU would have to wait for the answer).
 
         Args:
             history: committed tokens, the prompts' and the anchors included.
@@ -84,11 +85,13 @@ class RecallStage:
             max_match=MAX_MATCH,
             longest=min(int(bound.max()), history.tokens.shape[1]),
         )
+        found = matched > 0
+        if found.device.type == "cpu" and not found.any():
+            return None
         cells = self._cells(matched, ids, step, drafted)
         # Placeholders of images and embeddings are no tokens that could be drafted: a chain ends before them.
         real = ((ids >= 0) & (ids < self._vocab)).long().cumprod(1).bool()
         ids = ids.where(real, 0)
-        found = matched > 0
         chance = (self.right[cells] / self.tried[cells]).log()
         return Recalled(Chain(ids, chance.masked_fill(~(found[:, None] & real), float("-inf"))), cells, found)
 
