@@ -106,7 +106,7 @@ def lengths(documents: Sequence[Document], tables: Sequence[Table], vocab: int) 
     """Accept lengths by policy; the chances of what is recalled are learned over all the documents."""
     found = {"chain": _sum([chain_walk(table) for table in tables])}
     for nodes in BUDGETS:
-        for name, stage in ((f"{nodes}", None), (f"{nodes} + recall", RecallStage("cpu", vocab))):
+        for name, stage in ((f"{nodes}", None), (f"{nodes} + recall", RecallStage("cpu", vocab, nodes - 1))):
             walks = [tree_walk(d, t, nodes, stage) for d, t in zip(documents, tables, strict=True)]
             found[name] = _sum(walks)
     return {name: round(count.length, 3) for name, count in found.items()}

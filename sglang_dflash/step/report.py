@@ -39,6 +39,16 @@ def outcome(tree: DraftTree, accepted: Accepted) -> torch.Tensor:
     return moved.masked_fill_(is_cut(tree), FALLBACK)
 
 
+def by_class(values: torch.Tensor, sampled: torch.Tensor | None) -> torch.Tensor:
+    """float32 [2 (greedy, sampled), X]: ``values`` float32 [bs, X] summed over the requests of each class.
+
+    Args:
+        sampled: bool [bs], None where every request is greedy.
+    """
+    share = torch.zeros(len(values), device=values.device) if sampled is None else sampled.float()
+    return torch.stack([1.0 - share, share]) @ values
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One step, on the host.
@@ -51,6 +61,7 @@ class StepResult:
         committed: those that it got; fewer where it ended among them.
         sampled: per request, whether it draws its tokens.
         reach: [2, T, L], what the drafter expected (``worker/tree/reach.py``); None where nobody asked.
+        held: [2, D], what recalled chains were expected to bring (``worker/recall``); None where none was.
         seconds: of the drafter, of the target, and of the commit (KV rows moved, features to the drafter's K
             and V); None where nobody asked for times.
     """
@@ -62,6 +73,7 @@ class StepResult:
     committed: list[int]
     sampled: list[bool]
     reach: np.ndarray | None
+    held: np.ndarray | None
     seconds: tuple[float, float, float] | None
 
     @property
@@ -77,7 +89,7 @@ class Sink(Protocol):
 class StepReport:
     """SGLang's ``DeviceAuxiliaryOutput`` (``managers/auxiliary_output.py``).
 
-    ``rows``, ``accept_lens`` int32 [bs] and ``reach`` are on the device and travel as one tensor.
+    ``rows``, ``accept_lens`` int32 [bs], ``reach`` and ``held`` are on the device and travel as one tensor.
     """
 
     number: int
@@ -86,12 +98,14 @@ class StepReport:
     accept_lens: torch.Tensor
     sampled: list[bool]
     reach: torch.Tensor | None
+    held: torch.Tensor | None
     laps: Laps
     sink: Sink
 
     def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> HostReport:
-        parts = [self.rows, self.accept_lens, *([] if self.reach is None else [self.reach.view(-1)])]
-        return HostReport(self, copy_tensor(torch.cat([part.float() for part in parts])))
+        parts = [self.rows, self.accept_lens, self.reach, self.held]
+        flat = [part.reshape(-1).float() for part in parts if part is not None]
+        return HostReport(self, copy_tensor(torch.cat(flat)))
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,8 @@ class HostReport:
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         report, bs = self.device, len(commits)
         values = self.packed.numpy()
+        rest = values[2 * bs :]
+        reach, held = report.reach, report.held
         accepted = [0 if commit is None else int(n) for commit, n in zip(commits, values[bs:], strict=False)]
         report.sink.observe(
             StepResult(
@@ -113,7 +129,8 @@ class HostReport:
                 accepted=accepted,
                 committed=[0 if commit is None else len(commit.token_ids) for commit in commits],
                 sampled=report.sampled,
-                reach=None if report.reach is None else values[2 * bs :].reshape(report.reach.shape),
+                reach=None if reach is None else rest[: reach.numel()].reshape(reach.shape),
+                held=None if held is None else rest[len(rest) - held.numel() :].reshape(held.shape),
                 seconds=report.laps.seconds(),
             )
         )

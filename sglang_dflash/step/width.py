@@ -94,6 +94,11 @@ class Step:
     def batch_size(self) -> int:
         return self.anchor.shape[0]
 
+    @property
+    def sampled(self) -> torch.Tensor | None:
+        """bool [bs], which requests draw their tokens; None where none does."""
+        return None if self.noise is None or self.sampling is None else self.sampling.top_k > 1
+
     def sample(self, params: SamplingParams) -> None:
         """Let the step's requests sample by ``params``."""
         self.sampling = params

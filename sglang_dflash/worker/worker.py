@@ -36,7 +36,7 @@ from sglang_dflash.worker.health import DrafterHealth
 from sglang_dflash.worker.metrics import Metrics
 from sglang_dflash.worker.recall import Recalled, RecallStage
 from sglang_dflash.worker.tree import TreeStage
-from sglang_dflash.worker.tree.reach import chances
+from sglang_dflash.worker.tree.reach import chances as chances_of
 from sglang_dflash.worker.tree.stage import load_rewrite
 from sglang_dflash.worker.verify import VerifyStage
 from sglang_dflash.worker.width import WidthStage, serve
@@ -54,6 +54,7 @@ class _Drafted:
     tree: DraftTree
     recalled: Recalled | None = None
     reach: torch.Tensor | None = None
+    held: torch.Tensor | None = None
     chances: Chances | None = None
 
 
@@ -92,7 +93,9 @@ class TreeWorker(DFlashWorkerV2):
             device=self.device,
             tiers=tiers_asked(settings.width),
         )
-        self.recall = RecallStage(self.device, self.bridge.vocab_size()) if settings.recall else None
+        self.recall = None
+        if settings.recall:
+            self.recall = RecallStage(self.device, self.bridge.vocab_size(), self.max_width.nodes - 1)
         self.adjust.whole_texts = settings.recall
         self.verify = VerifyStage(self.bridge)
         self.accept = AcceptStage(self.bridge)
@@ -257,10 +260,11 @@ class TreeWorker(DFlashWorkerV2):
 
         rows, sampled = outcome(tree, accepted), sampled_rows(batch)
         lens, output = accepted.accept_lens, verified.raw.logits_output
-        attach(output, StepReport(self.steps, step.width, rows, lens, sampled, drafted.reach, laps, self))
+        told = (drafted.reach, drafted.held)
+        attach(output, StepReport(self.steps, step.width, rows, lens, sampled, *told, laps, self))
         if traced is not None and drafted.chances is not None:
-            told = drafted.chances
-            attach(output, StepTrace(self.steps, step.width, traced, tree, told, accepted, laps))
+            chances = drafted.chances
+            attach(output, StepTrace(self.steps, step.width, traced, tree, chances, accepted, laps))
         self.steps += 1
         laps.mark()
         return self._result(verified.raw, accepted, step)
@@ -278,8 +282,9 @@ class TreeWorker(DFlashWorkerV2):
             recalled = self.recall(self.adjust.history(), batch.req_pool_indices, step, candidates)
         chain = None if recalled is None else recalled.chain
         tree, reach = self.tree(candidates, step, chain, expect=not self.width.pinned)
-        told = chances(tree, candidates, chain) if traced else None
-        return _Drafted(tree, recalled, reach, told)
+        held = None if recalled is None or reach is None else recalled.held(step.sampled)
+        told = chances_of(tree, candidates, chain) if traced else None
+        return _Drafted(tree, recalled, reach, held, told)
 
     def observe(self, result: StepResult) -> None:
         """A step's outcome, once SGLang has it on the host; called by the scheduler, outside the step."""

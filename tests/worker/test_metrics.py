@@ -34,7 +34,9 @@ def test_a_report_reaches_the_metrics() -> None:
             laps.mark()
         rows_of = torch.tensor(rows, dtype=torch.int32)
         accepted = torch.tensor([max(n, 1) for n in committed], dtype=torch.int32)
-        report = StepReport(0, Width(16, 6), rows_of, accepted, [False] * len(rows), None, laps, metrics)
+        report = StepReport(
+            0, Width(16, 6), rows_of, accepted, [False] * len(rows), None, None, laps, metrics
+        )
         commits = [None if n == 0 else SimpleNamespace(token_ids=(7,) * n) for n in committed]
         report.copy_to_host(copy).consume(None, commits)
 
@@ -61,5 +63,5 @@ def test_without_metrics_no_clock_is_read() -> None:
     laps = Laps("cuda:0", enabled=False)  # would need CUDA if it did anything
     laps.mark()
     assert laps.seconds() is None
-    result = StepResult(0, Width(8, 6), [0, FALLBACK, 1], *[[1, 1, 1]] * 2, [False] * 3, None, None)
+    result = StepResult(0, Width(8, 6), [0, FALLBACK, 1], *[[1, 1, 1]] * 2, [False] * 3, None, None, None)
     assert result.fallbacks == 1

@@ -61,7 +61,7 @@ def accepted(step: Step, chain: list[list[int]]) -> Accepted:
 def test_a_repeated_phrase_goes_on_as_before_and_deeper_than_the_block() -> None:
     width = Width(8, 3)
     history, step = stage_and_step([[1, 2, *PHRASE, 3, 4, 41, 42, 43], [5, 6, 7, 8, 9]], width)
-    stage = RecallStage("cpu", VOCAB)
+    stage = RecallStage("cpu", VOCAB, 15)
     found = recalled_by(stage, history, rows(2), step, drafted(2, width))
     assert found.found.tolist() == [True, False]
     assert found.chain.ids[0, :5].tolist() == PHRASE[3:]
@@ -82,7 +82,7 @@ def test_a_repeated_phrase_goes_on_as_before_and_deeper_than_the_block() -> None
 def test_where_no_text_repeats_there_is_no_chain_to_build() -> None:
     width = Width(8, 3)
     history, step = stage_and_step([[1, 2, 3, 4, 5], [5, 6, 7, 8, 5, 6]], width)
-    assert RecallStage("cpu", VOCAB)(history, rows(2), step, drafted(2, width)) is None
+    assert RecallStage("cpu", VOCAB, 15)(history, rows(2), step, drafted(2, width)) is None
 
 
 def chances(stage: RecallStage, history: TokenHistory, step: Step, width: Width) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_what_comes_true_grows_and_what_does_not_shrinks() -> None:
     width = Width(8, 4)
     text = [*PHRASE, 3, 4, *PHRASE[:3]]
     history, step = stage_and_step([text], width)
-    good, bad = RecallStage("cpu", VOCAB), RecallStage("cpu", VOCAB)
+    good, bad = RecallStage("cpu", VOCAB, 15), RecallStage("cpu", VOCAB, 15)
     before = chances(good, history, step, width)
     for _ in range(50):
         candidates = drafted(1, width)
@@ -116,7 +116,7 @@ def test_what_comes_true_grows_and_what_does_not_shrinks() -> None:
 def test_what_the_drafter_says_is_counted_apart() -> None:
     width = Width(8, 3)
     history, step = stage_and_step([[*PHRASE, 3, *PHRASE[:3]]], width)
-    stage = RecallStage("cpu", VOCAB)
+    stage = RecallStage("cpu", VOCAB, 15)
     alone = recalled_by(stage, history, rows(1), step, drafted(1, width)).chain.logprobs
     best, among = drafted(1, width), drafted(1, width)
     best.ids[0, 0, 0] = among.ids[0, 0, 2] = PHRASE[3]
@@ -130,7 +130,7 @@ def test_sampled_requests_are_counted_apart() -> None:
     history, step = stage_and_step([text, text], width)
     sampling: Any = SimpleNamespace(top_k=torch.tensor([1, VOCAB]))
     step.sampling, step.noise = sampling, SimpleNamespace()  # type: ignore[assignment]
-    stage = RecallStage("cpu", VOCAB)
+    stage = RecallStage("cpu", VOCAB, 15)
     for _ in range(50):
         recalled = recalled_by(stage, history, rows(2), step, drafted(2, width))
         stage.learn(recalled, accepted(step, [PHRASE[3:8], [999]]))
@@ -141,7 +141,7 @@ def test_sampled_requests_are_counted_apart() -> None:
 def test_placeholders_end_a_chain() -> None:
     width = Width(8, 3)
     history, step = stage_and_step([[41, 42, 43, 44, VOCAB + 5, 46, 3, 41, 42, 43]], width)
-    chain = RecallStage("cpu", VOCAB)(history, rows(1), step, drafted(1, width)).chain
+    chain = RecallStage("cpu", VOCAB, 15)(history, rows(1), step, drafted(1, width)).chain
     assert chain.ids[0, 0] == 44
     assert torch.isfinite(chain.logprobs[0, 0])
     assert torch.isinf(chain.logprobs[0, 1:]).all()
@@ -152,5 +152,18 @@ def test_placeholders_end_a_chain() -> None:
 def test_a_text_of_one_token_recalls_itself(token: int) -> None:
     width = Width(8, 3)
     history, step = stage_and_step([[token] * 50], width)
-    chain = RecallStage("cpu", VOCAB)(history, rows(1), step, drafted(1, width)).chain
-    assert chain.ids[0].tolist() == [token] * step.deepest
+    chain = RecallStage("cpu", VOCAB, 15)(history, rows(1), step, drafted(1, width)).chain
+    assert chain.ids[0].tolist() == [token] * 15
+
+
+def test_how_far_a_chain_is_expected_to_hold_is_told_by_class_and_beyond_the_steps_tree() -> None:
+    width = Width(8, 4)
+    text = [*PHRASE, 3, 4, *PHRASE[:3]]
+    history, step = stage_and_step([text, text, [5, 6, 7]], width)
+    found = recalled_by(RecallStage("cpu", VOCAB, 15), history, rows(3), step, drafted(3, width))
+    one = found.chain.logprobs[0].cumsum(0).exp()
+    assert found.held(None)[0].tolist() == pytest.approx((2 * one).tolist())
+    assert (found.held(None)[1] == 0).all()
+    by = found.held(torch.tensor([False, True, True]))
+    assert by.shape == (2, 15)
+    assert by[0].tolist() == by[1].tolist() == pytest.approx(one.tolist())

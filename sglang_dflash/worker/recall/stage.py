@@ -15,6 +15,7 @@ import torch
 from dflash_kernels import Accepted, Chain, recall
 
 from sglang_dflash.step.history import TokenHistory
+from sglang_dflash.step.report import by_class
 from sglang_dflash.step.width import Step
 from sglang_dflash.worker.draft import Candidates
 
@@ -48,12 +49,26 @@ class Recalled:
     cells: torch.Tensor
     found: torch.Tensor
 
+    def held(self, sampled: torch.Tensor | None) -> torch.Tensor:
+        """float32 [2 (greedy, sampled), D]: summed over the requests of each class, the chance that the chain
+        is right as far as each depth. What the width's policy learns from (``worker/width/beyond.py``).
+
+        Args:
+            sampled: bool [bs], None where every request is greedy.
+        """
+        return by_class(self.chain.logprobs.cumsum(1).exp(), sampled)
+
 
 class RecallStage:
-    """Owns the counts, on the device."""
+    """Owns the counts, on the device.
 
-    def __init__(self, device: torch.device | str, vocab: int) -> None:
-        self._vocab = vocab
+    Args:
+        vocab: V, token ids that can be drafted are below it.
+        deepest: D, tokens of every chain: what the widest tree can hold of it.
+    """
+
+    def __init__(self, device: torch.device | str, vocab: int, deepest: int) -> None:
+        self._vocab, self.deepest = vocab, deepest
         shape = (2, len(MATCHES) + 1, len(DEPTHS) + 1, len(FIRST))
         first = torch.tensor(FIRST, device=device).expand(shape)
         self.tried = torch.full(shape, WORTH, device=device).flatten()
@@ -66,21 +81,22 @@ class RecallStage:
     def __call__(
         self, history: TokenHistory, rows: torch.Tensor, step: Step, drafted: Candidates
     ) -> Recalled | None:
-        """Chains of ``step.deepest`` tokens; on a CPU None where no request has one, so that text without
-        repetition pays for the search alone (a GPU would have to wait for the answer).
+        """Chains, as long for a narrow step as for a wide one.
+
+        On a CPU None where no request has one, so that text without repetition pays for the search alone; a
+        GPU would have to wait for the answer.
 
         Args:
             history: committed tokens, the prompts' and the anchors included.
             rows: int64 [bs], the requests' rows in it.
             drafted: what the drafter says.
         """
-        deepest = step.deepest
         bound, _ = step.host_bound(1)
         matched, ids = recall(
             history.tokens,
             rows,
             step.prefix_lens + 1,
-            count=deepest,
+            count=self.deepest,
             min_match=MIN_MATCH,
             max_match=MAX_MATCH,
             longest=min(int(bound.max()), history.tokens.shape[1]),
@@ -98,16 +114,15 @@ class RecallStage:
     def _cells(
         self, matched: torch.Tensor, ids: torch.Tensor, step: Step, drafted: Candidates
     ) -> torch.Tensor:
-        bs, deepest = ids.shape
+        deepest = ids.shape[1]
         depth = torch.arange(1, deepest + 1, device=ids.device)
         says = torch.full_like(ids, PAST)
         near = min(deepest, drafted.ids.shape[1])
         same = drafted.ids[:, :near] == ids[:, :near, None]
         says[:, :near] = torch.where(same[:, :, 0], BEST, torch.where(same.any(2), AMONG, NONE))
         by_match, by_depth = torch.bucketize(matched, self._matches), torch.bucketize(depth, self._depths)
-        kind = torch.zeros(bs, dtype=torch.int64, device=ids.device)
-        if step.noise is not None and step.sampling is not None:
-            kind = (step.sampling.top_k > 1).long()
+        sampled = step.sampled
+        kind = torch.zeros_like(by_match) if sampled is None else sampled.long()
         a, b, c = self._strides
         return (kind * a + by_match * b)[:, None] + by_depth * c + says
 
@@ -119,6 +134,7 @@ class RecallStage:
         """
         ids = recalled.chain.ids
         said = accepted.out_tokens[:, : ids.shape[1]]
+        ids, cells = ids[:, : said.shape[1]], recalled.cells[:, : said.shape[1]]
         place = torch.arange(ids.shape[1], device=ids.device)
         right = said == ids
         before = torch.cat([right.new_ones(len(ids), 1), right[:, :-1]], 1).long().cumprod(1).bool()
@@ -129,4 +145,4 @@ class RecallStage:
         ):
             # Fade towards the first guess, never below it.
             counts.sub_(first).mul_(FADE).add_(first)
-            counts.index_add_(0, recalled.cells.flatten(), happened.flatten().to(counts.dtype))
+            counts.index_add_(0, cells.flatten(), happened.flatten().to(counts.dtype))

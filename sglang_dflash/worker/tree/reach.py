@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from dflash_kernels import Chain, DraftTree, ancestor_mask
 
+from sglang_dflash.step.report import by_class
 from sglang_dflash.step.trace import Chances
 from sglang_dflash.worker.draft import Candidates
 
@@ -33,7 +34,7 @@ def reach(
         tiers: T numbers of nodes, ascending, none above N.
         sampled: bool [bs], None where every request is greedy.
         chain: the path that was recalled into the tree, of [bs, D]; its nodes count by its own probabilities.
-            Those beyond the block are left out: L is what widths are compared by.
+            Those beyond the block are left out: what they bring is no drafter's (``worker/width/beyond.py``).
     """
     bs = tree.tokens.shape[0]
     depths = candidates.ids.shape[1]
@@ -45,9 +46,7 @@ def reach(
     # A tree of t nodes has t - 1 below its root. Slices: an index made here would be copied to the device.
     nothing = torch.zeros_like(level, dtype=torch.float32).expand(bs, -1)
     by_tier = torch.stack([total[:, t - 2] if t > 1 else nothing for t in tiers], 1)
-    share = torch.zeros(bs, device=depth.device) if sampled is None else sampled.float()
-    classes = torch.stack([1.0 - share, share])
-    return (classes @ by_tier.reshape(bs, -1)).view(2, len(tiers), depths)
+    return by_class(by_tier.reshape(bs, -1), sampled).view(2, len(tiers), depths)
 
 
 def chances(tree: DraftTree, candidates: Candidates, chain: Chain | None = None) -> Chances:

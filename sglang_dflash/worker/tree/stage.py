@@ -89,5 +89,4 @@ class TreeStage:
         tiers = [t for t in self.tiers if t <= step.width.nodes] if expect else []
         if not tiers:
             return tree, None
-        sampled = None if step.noise is None or step.sampling is None else step.sampling.top_k > 1
-        return tree, reach(tree, candidates, tiers, sampled, chain)
+        return tree, reach(tree, candidates, tiers, step.sampled, chain)

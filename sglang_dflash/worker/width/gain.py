@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from sglang_dflash.step.width import Width
+from sglang_dflash.worker.width.beyond import Beyond
 from sglang_dflash.worker.width.prior import MOST, generic, lucky, parse, prior
 from sglang_dflash.worker.width.tiers import TIERS
 
@@ -51,6 +52,7 @@ class Gains:
 
     Args:
         block: B, the drafter's greatest block.
+        recalled: the longest chain of recalled text that steps report; 0 where nothing is recalled.
         accept, accept_sampled: what an evaluation of the drafter stored (``dflash_config.tree_accept`` and
             ``tree_accept_sampled``): tokens per pass by width, ``{"8x6": 2.25}``; empty where there was none.
 
@@ -62,7 +64,10 @@ class Gains:
         block: int,
         accept: Mapping[str, float] | None = None,
         accept_sampled: Mapping[str, float] | None = None,
+        *,
+        recalled: int = 0,
     ) -> None:
+        self._beyond = Beyond(recalled)
         self.blocks = tuple(range(2, block + 1))
         self.version = 0
         self._deepest = max(block - 1, 1)
@@ -92,7 +97,14 @@ class Gains:
 
     # What steps show -----------------------------------------------------------------------------------
 
-    def observe(self, width: Width, sampled: Sequence[bool], accepted: Sequence[int], mass: Any) -> None:
+    def observe(
+        self,
+        width: Width,
+        sampled: Sequence[bool],
+        accepted: Sequence[int],
+        mass: Any,
+        held: np.ndarray | None = None,
+    ) -> None:
         """One step's outcome.
 
         Args:
@@ -102,6 +114,7 @@ class Gains:
             mass: float [2 (greedy, sampled), T, L], nested lists or an array: summed over the requests of
                 that class, the drafter's probability that the accepted path reaches depth d + 1 in the best
                 tree of ``TIERS[t]`` nodes. T and L may be shorter than ours. None for a plain step.
+            held: of the recalled chains, see :meth:`Beyond.observe`; None where nothing was recalled.
         """
         if width.plain or mass is None or width.block not in self.blocks:
             # The texts move on unseen: what was recent slowly counts for less.
@@ -122,6 +135,7 @@ class Gains:
             reach = said[c, :tiers, :depth] / len(mine)
             if np.isfinite(reach).all():
                 self._learn(c, i, width, np.clip(reach, 0.0, 1.0), [a for a in mine if a > 0])
+        self._beyond.observe(width, sampled, accepted, np.zeros((2, 0)) if held is None else held)
         self.version += 1
         self._tokens.clear()
 
@@ -207,7 +221,9 @@ class Gains:
             row = table[width.block - 2]
             t = bisect_left(TIERS, width.nodes)
             share = 0.0 if TIERS[t] == width.nodes else (TIERS[t] - width.nodes) / (TIERS[t] - TIERS[t - 1])
-            out.append(float(row[t] + share * (row[t - 1] - row[t])))
+            past = self._beyond.tokens(GREEDY, width) * (1.0 - sampled_share)
+            past += self._beyond.tokens(SAMPLED, width) * sampled_share
+            out.append(float(row[t] + share * (row[t - 1] - row[t])) + past)
         return out
 
     def doubt(self, block: int, sampled_share: float) -> tuple[float, float]:
@@ -248,7 +264,7 @@ class Gains:
     def _parts(self) -> tuple[np.ndarray, ...]:
         return (
             self._long, self._long_weight, self._recent, self._weight, self._by_block,
-            self._quality, self._unsure, self._said, self._seen, self._power,
+            self._quality, self._unsure, self._said, self._seen, self._power, *self._beyond.parts(),
         )  # fmt: skip
 
     def state(self) -> list[float]:

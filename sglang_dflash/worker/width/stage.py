@@ -105,7 +105,9 @@ class WidthStage:
     def observe(self, result: StepResult) -> None:
         """A step's outcome has reached the host."""
         if self.learner is not None:
-            self.learner.gains.observe(result.width, result.sampled, result.accepted, result.reach)
+            self.learner.gains.observe(
+                result.width, result.sampled, result.accepted, result.reach, result.held
+            )
 
     def reserve(self) -> int:
         """KV slots a request needs past its committed length for this round's step, in tokens.

@@ -58,7 +58,13 @@ def start_width(setting: str, worker: TreeWorker) -> WidthStage:
         if setting == "auto" or not file.is_file() or file.read_text().strip() == "auto":
             _measure(cost, worker)
     known = worker.drafter_config.dflash_config
-    auto = WidthPolicy(widest, cost, Gains(widest.block, known.tree_accept, known.tree_accept_sampled))
+    gains = Gains(
+        widest.block,
+        known.tree_accept,
+        known.tree_accept_sampled,
+        recalled=0 if worker.recall is None else worker.recall.deepest,
+    )
+    auto = WidthPolicy(widest, cost, gains)
     if setting == "auto":
         return WidthStage(auto, widest, share=share)
     return WidthStage(ControlledWidth(file, auto, lambda text: make_policy(text, widest)), widest)
