@@ -49,9 +49,9 @@ class Settings(BaseSettings):
         "control:FILE, what the file says",
     )
     recall: bool = Field(
-        False,
+        True,
         description="also draft what followed the longest match of the text's end earlier in the request "
-        "(prompt and answer; exact as everything; off until every server test has run with it on)",
+        "(prompt and answer; exact as everything)",
     )
     calibrate: bool = Field(
         True, description="add the drafter's fitted per-depth log-bonus (dflash_config.tree_depth_bonus)"
