@@ -12,6 +12,9 @@ _DFLASH = "sglang.srt.models.dflash"
 #: What a DFlash 2 drafter has compiled; on a CPU that takes half a minute of the first request, and more for
 #: every other block.
 _COMPILED = ("_grouped_conv", "_score_edges", "_follow_maps")
+#: FlashInfer's top-k, a CUDA kernel, by which SGLang's own chain takes a selector's candidates; without it
+#: SGLang calls ``torch.topk``.
+_RADIX = "_flashinfer_top_k"
 
 
 def mend_model(model: torch.nn.Module) -> None:
@@ -21,12 +24,14 @@ def mend_model(model: torch.nn.Module) -> None:
         if getattr(module, "use_table_qk_norm_rope", False):
             module.use_table_qk_norm_rope = False
     if type(model).__module__ == _DFLASH:
-        _run_eagerly()
+        _run_on_a_cpu()
     pack_model(model)
 
 
-def _run_eagerly() -> None:
+def _run_on_a_cpu() -> None:
     module = sys.modules[_DFLASH]
+    if hasattr(module, _RADIX):
+        setattr(module, _RADIX, None)
     for name in _COMPILED:
         original = getattr(getattr(module, name, None), "_torchdynamo_orig_callable", None)
         if original is not None:

@@ -180,7 +180,7 @@ class TestChain:
 
     COUNT = 12
 
-    def test_top1_tree_is_the_builtin_chain(
+    def test_a_tree_of_the_spine_alone_is_the_builtin_chain(
         self, serving: Serving, plain: Plain, target: Path, drafter: Path
     ) -> None:
         requests = plain.requests[: self.COUNT]
@@ -195,7 +195,9 @@ class TestChain:
             ignored = client.generate(requests[:3], 1, **PENALTIES)
             early = {"stop_token_ids": [chain[0]["output_ids"][6]], "min_new_tokens": 16}
             stopped = client.generate(requests[:1], 1, **early)[0]
-        with serving("top1", args, SGLANG_DFLASH_TOP_K="1") as client:
+        # The same drafts, as a tree: of this drafter the walk of its selector.
+        walk = {"SGLANG_DFLASH_CANDIDATES": "tests.server.walk:candidates", "PYTHONPATH": str(ROOT)}
+        with serving("walk", args, SGLANG_DFLASH_RECALL="0", **walk) as client:
             assert f"draft trees on. nodes={block} block={block}" in client.server.output()
             tree = client.generate(requests, 1)
             penalised = client.generate(requests[:3], 1, **PENALTIES)

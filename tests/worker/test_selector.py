@@ -10,7 +10,7 @@ import torch
 from dflash_kernels import build_tree
 from sglang.srt.models import dflash
 
-from sglang_dflash.platform.model_mends import _run_eagerly
+from sglang_dflash.platform.model_mends import _run_on_a_cpu
 from sglang_dflash.step.noise import StepNoise
 from sglang_dflash.step.sampling import SamplingParams
 from sglang_dflash.step.selector import Selector, edges_of
@@ -24,7 +24,7 @@ DEPTH = BLOCK - 1
 @pytest.fixture(scope="module")
 def module() -> Any:
     """SGLang's selector with random tables, strong enough to change the order of the candidates."""
-    _run_eagerly()
+    _run_on_a_cpu()
     made = dflash.CandidateSelector(hidden_size=HIDDEN, vocab_size=VOCAB, state_rank=RANK, top_k=TOP)
     generator = torch.Generator().manual_seed(5)
     for weight in made.parameters():
