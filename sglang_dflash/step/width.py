@@ -72,7 +72,7 @@ class Step:
         host_exact: host_lens are the prefixes' own; else the reserved lengths, the step's rows included.
         sampling: the requests' sampling parameters, None where the batch carries none.
         noise: the sampling noise by request and depth, None where every request is greedy.
-        deepest: D, the longest path below a root: L, or N - 1 where text is recalled.
+        deepest: D, the longest path below a root: L, or N - 1 where text is recalled and that is deeper.
     """
 
     width: Width

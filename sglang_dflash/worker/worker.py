@@ -228,7 +228,7 @@ class TreeWorker(DFlashWorkerV2):
 
     def _deepest(self, width: Width) -> int:
         """A recalled path may use the whole tree, a drafted one ends with the block."""
-        return width.nodes - 1 if self.recall is not None else width.depth
+        return width.depth if self.recall is None else max(width.nodes - 1, width.depth)
 
     def _decode(
         self,

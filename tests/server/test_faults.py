@@ -48,6 +48,11 @@ def passes(replies: Sequence[dict[str, Any]]) -> list[int]:
     return [reply["meta_info"]["spec_verify_ct"] for reply in replies]
 
 
+def alike(passes: Sequence[int], usual: Sequence[int]) -> bool:
+    """What served requests teach of recalled text moves a request's passes by one."""
+    return all(abs(now - then) <= 1 for now, then in zip(passes, usual, strict=True))
+
+
 def test_metrics_add_up_to_what_the_replies_say(tiny_servers: Pair) -> None:
     metrics, replies = grown(tiny_servers, BODIES, 5)
     steps = sum(passes(replies))
@@ -106,12 +111,12 @@ def test_a_nan_in_the_drafters_cache_costs_a_few_steps_and_no_token(tiny_servers
     mixed = [body for both in zip(damaged(BODIES[4:8]), BODIES[:4], strict=True) for body in both]
     among, replies = grown(tiny_servers, mixed, 4)
     assert among.total("sglang_dflash:drafter_fallbacks_total") >= 4
-    assert passes(replies)[1::2] == usual[:4]
+    assert alike(passes(replies)[1::2], usual[:4])
     # And all is well again, in the radix cache too.
     again, replies = grown(tiny_servers, BODIES, 4)
     assert sound.total("sglang_dflash:drafter_fallbacks_total") == 0
     assert again.total("sglang_dflash:drafter_fallbacks_total") == 0
-    assert passes(replies) == usual
+    assert alike(passes(replies), usual)
     assert "cleaned the drafter's KV cache" in tiny_servers.tree.server.output()
 
 
