@@ -1,7 +1,7 @@
 """Candidates that are a chain: what a drafter with a selector, or one without, says first.
 
-Loaded in the scheduler by ``SGLANG_DFLASH_CANDIDATES=tests.server.walk:candidates``. A tree of as many nodes as
-the block has rows is then the spine alone, which is what SGLang's own worker drafts.
+Loaded in the scheduler by ``SGLANG_DFLASH_CANDIDATES=tests.server.walk:candidates``. A tree of as many nodes
+as the block has rows is then the spine alone, which is what SGLang's own worker drafts.
 """
 
 from __future__ import annotations

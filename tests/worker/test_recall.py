@@ -14,6 +14,7 @@ from sglang_dflash.step.width import Step, Width
 from sglang_dflash.worker.draft import Candidates
 from sglang_dflash.worker.recall import Recalled, RecallStage
 from sglang_dflash.worker.tree import TreeStage
+from sglang_dflash.worker.worker import TreeWorker
 
 VOCAB = 1000
 PHRASE = [41, 42, 43, 44, 45, 46, 47, 48]
@@ -167,3 +168,19 @@ def test_how_far_a_chain_is_expected_to_hold_is_told_by_class_and_beyond_the_ste
     by = found.held(torch.tensor([False, True, True]))
     assert by.shape == (2, 15)
     assert by[0].tolist() == by[1].tolist() == pytest.approx(one.tolist())
+
+
+@pytest.mark.parametrize(
+    ("recall", "width", "deepest"),
+    [
+        (object(), Width(4, 6), 5),
+        (object(), Width(16, 6), 15),
+        (None, Width(16, 6), 5),
+        (None, Width(4, 6), 5),
+        (object(), Width(1, 1), 0),
+    ],
+)
+def test_a_step_has_noise_for_every_drafted_and_every_recalled_depth(
+    recall: object, width: Width, deepest: int
+) -> None:
+    assert TreeWorker._deepest(SimpleNamespace(recall=recall), width) == deepest  # type: ignore[arg-type]
