@@ -282,25 +282,26 @@ def test_plain_steps_keep_the_drafter_warm(pair: Pair, tokenizer: Any) -> None:
         if setting is not None:
             with pair.tree.width(setting):
                 answer = pair.tree.generate([request], 1, ignore_eos=True)[0]["output_ids"]
-        said = Request((*request.ids, *answer[:190]), 8)
+        text = Request((*request.ids, *answer[:190]), 8)
         before = set(pair.tap.iterdir())
         keys = pair.tap.parent / "keys"
         keys.touch()
-        reply = pair.tree.generate([said], 1, ignore_eos=True)[0]
+        reply = pair.tree.generate([text], 1, ignore_eos=True)[0]
         keys.unlink()
         assert reply["output_ids"] == answer[190:198]
         hit = reply["meta_info"]["cached_tokens"]
-        assert hit >= len(said.ids) - 1 if setting else hit == 0
+        assert hit >= len(text.ids) - 1 if setting else hit == 0
         first = min(set(pair.tap.iterdir()) - before)
         drafted[name] = torch.load(first, weights_only=True)
     for other in ("plain", "prefill"):
         assert drafted[other]["prefix"] == drafted["tree"]["prefix"] >= 190
-        # A prefill's attention adds up in another order, over features that are large.
-        close = 1e-5 if other == "plain" else 1e-4
-        torch.testing.assert_close(drafted[other]["keys"], drafted["tree"]["keys"], atol=close, rtol=close)
+        # Of the largest value. A prefill's attention adds up in another order, and so does a path off the
+        # spine that crosses a tile of keys (platform/attention_ops.py).
+        close = 1e-5 * float(drafted["tree"]["keys"].abs().max())
+        torch.testing.assert_close(drafted[other]["keys"], drafted["tree"]["keys"], atol=close, rtol=0)
         assert torch.equal(drafted[other]["ids"][:, 0], drafted["tree"]["ids"][:, 0])
-        gap = (drafted[other]["logprobs"] - drafted["tree"]["logprobs"]).abs().max()
-        assert float(gap) < 1e-5, other
+        said, want = drafted[other]["logprobs"], drafted["tree"]["logprobs"]
+        torch.testing.assert_close(said, want, atol=1e-5, rtol=1e-5)
     marker = pair.tree.info().marker
     assert marker is not None
     assert (marker.model_extra or {})["drafter_fallbacks"] == 0, "a plain step is no broken draft"
