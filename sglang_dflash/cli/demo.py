@@ -280,7 +280,7 @@ def make_plan(argv: list[str]) -> Plan:
     for port in ports.values():
         require_free_port("127.0.0.1", port)
     make_dir(args.out)
-    return Plan(target.resolve(args), args.mode, prompts, args.max_tokens, ports, args.out)
+    return Plan(target.resolve(args, side_by_side=2), args.mode, prompts, args.max_tokens, ports, args.out)
 
 
 def main(argv: list[str]) -> int:

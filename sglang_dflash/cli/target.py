@@ -44,13 +44,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     return args
 
 
-def resolve(args: argparse.Namespace) -> Target:
-    """Check what was asked for and fetch what is missing; raises :class:`UserError`."""
+def resolve(args: argparse.Namespace, *, side_by_side: int = 1) -> Target:
+    """Check what was asked for and fetch what is missing; raises :class:`UserError`.
+
+    Args:
+        side_by_side: servers that start at once and share the cores: a thread more than there are free ones
+            costs a tree server its start, in which it measures what steps cost.
+    """
     key = flag_value(with_config(args.sglang), API_KEY)
     if key:
         # What asks the servers started here takes it from the environment.
         os.environ[access.VARIABLE] = key
-    threads = {"OMP_NUM_THREADS": one_thread_count(), "HF_HUB_OFFLINE": "1"}
+    threads = {"OMP_NUM_THREADS": one_thread_count(side_by_side), "HF_HUB_OFFLINE": "1"}
     if args.model_path is None:
         drafter = require_drafter((args.drafter or SMOLLM2.drafter_dir).expanduser())
         model = fetch_with_progress(SMOLLM2)
@@ -82,7 +87,7 @@ def _vocab_size(model: Path) -> int:
         raise UserError(f"{model / 'config.json'} names no vocab_size; is this a text model?") from error
 
 
-def one_thread_count() -> str:
+def one_thread_count(side_by_side: int = 1) -> str:
     """One thread count for all servers of a run: chosen anew, each would see the load of the last."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given:
@@ -90,4 +95,4 @@ def one_thread_count() -> str:
     from sglang_dflash.platform.threads import allowed_cpus, busy_cores, free_threads, usable_cores
 
     cpus = allowed_cpus()
-    return str(free_threads(usable_cores(len(cpus)), busy_cores(cpus)))
+    return str(max(1, free_threads(usable_cores(len(cpus)), busy_cores(cpus)) // side_by_side))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sglang_dflash.step.width import PLAIN, Width
-from sglang_dflash.worker.width.cost import CostTable, load
+from sglang_dflash.worker.width.cost import Cell, CostTable, load, save
 from sglang_dflash.worker.width.learn import measure_costs
 from sglang_dflash.worker.width.start import every_width, to_compile
 
@@ -93,3 +93,45 @@ def test_ranks_run_the_same_rehearsals() -> None:
     # Another rank, with another clock and another budget gone: it follows what rank 0 said.
     fill(second, agree=lambda value: next(heard), seconds=0.02)
     assert first.ran == second.ran
+
+
+class Busy(Machine):
+    """A machine on which something else has the cores for the first so many steps."""
+
+    def __init__(self, steps: float) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def __call__(self, width: Width, requests: int, length: int) -> tuple[float, float, float]:
+        drafter, target, rest = super().__call__(width, requests, length)
+        busy = self.ran.total() < self.steps and not width.plain
+        return drafter, target * (40.0 if busy else 1.0), rest
+
+
+@pytest.mark.parametrize(("steps", "measured"), [(300, True), (1e9, False)])
+def test_a_busy_machine_is_measured_again_and_never_remembered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, steps: float, measured: bool
+) -> None:
+    monkeypatch.setattr("sglang_dflash.worker.width.learn.PAUSE", 0.0)
+    table = fill(Busy(steps), seconds=0.5)
+    assert "busy machine: a target pass of " in caplog.text
+    known = load(FINGERPRINT)
+    if measured:
+        assert known is not None
+        assert known.cells == table.cells
+        assert table.ms(Width(8, 6), 1, 64) < 3 * table.ms(PLAIN, 1, 64)
+    else:
+        assert known is None
+        assert table.cells == []
+        assert table.ms(Width(8, 6), 1, 64) < 8 * table.ms(PLAIN, 1, 64)
+
+
+def test_a_table_of_a_busy_machine_is_not_read(caplog: pytest.LogCaptureFixture) -> None:
+    """As an earlier version kept them."""
+    cells = [
+        Cell(what="target", rows=1, requests=1, length=64, ms=46.4),
+        Cell(what="target", rows=2, requests=1, length=64, ms=996.0),
+    ]
+    save(CostTable(cells), FINGERPRINT)
+    assert load(FINGERPRINT) is None
+    assert "a target pass of 2 rows took 996 ms, a plain one 46); measuring again" in caplog.text

@@ -32,6 +32,9 @@ FIRST_ROUND = 0.6
 # cell, and the greatest.
 FAR, MOST_FAR = 0.06, 0.3
 
+# A pass of n rows that took so many times n plain passes was not measured alone.
+ABSURD = 2.0
+
 What = Literal["target", "draft", "rest"]
 
 
@@ -157,6 +160,11 @@ class CostTable:
         same = ("what", "rows", "requests", "length")
         self._cells = [c for c in self._cells if any(getattr(c, k) != getattr(cell, k) for k in same)]
         self._cells.append(cell)
+        self._stale = True
+
+    def clear(self) -> None:
+        """Forget what was measured."""
+        self._cells = []
         self._stale = True
 
     # What a step costs ---------------------------------------------------------------------------------
@@ -364,6 +372,19 @@ def measure(
     return len(seen)
 
 
+def contradiction(cells: Iterable[Cell]) -> str | None:
+    """What in measured cells cannot be, in words: n rows never take much longer than n plain passes.
+
+    Where it seems to, something else had the cores: two threads beside a busy process are 20 times slower.
+    """
+    known = {(c.what, c.rows, c.requests, c.length): c.ms for c in cells if c.ms is not None}
+    for (what, rows, requests, length), ms in known.items():
+        plain = known.get(("target", 1, requests, length))
+        if plain is not None and what != "rest" and rows > 1 and ms > ABSURD * rows * plain:
+            return f"a {what} pass of {rows} rows took {ms:.0f} ms, a plain one {plain:.0f}"
+    return None
+
+
 class CostFile(BaseModel):
     """A cost table on disk: ``<cache>/width/<hash of the fingerprint>.json``.
 
@@ -426,6 +447,9 @@ def load(
         return None
     if any(c.ms is None for c in found.cells):
         logger.warning("cost table %s is damaged (a cell without its time); measuring again", path)
+        return None
+    if wrong := contradiction(found.cells):
+        logger.warning("cost table %s was measured on a busy machine (%s); measuring again", path, wrong)
         return None
     table = CostTable(found.cells, captured=captured, shared=shared)
     if found.drift:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from sglang_dflash.step.width import Width
-from sglang_dflash.worker.width.cost import Cell, CostTable, What, measure, plan, save
+from sglang_dflash.worker.width.cost import Cell, CostTable, What, contradiction, measure, plan, save
 
 logger = logging.getLogger("sglang_dflash")
 
 SECONDS_CPU, SECONDS_CUDA = 10.0, 20.0
+
+# Measured again so often, after so many seconds, where the machine was busy with something else.
+TRIES, PAUSE = 3, 5.0
 
 
 class Rehearses(Protocol):
@@ -59,6 +62,9 @@ def measure_costs(
 ) -> None:
     """Fill an empty table and keep it for the next start.
 
+    Times that contradict each other are measured again; where they still do, the table stays empty and is not
+    kept.
+
     Args:
         table: of the policy.
         rehearse: see `Rehearses`.
@@ -68,18 +74,37 @@ def measure_costs(
         fingerprint: what the times depend on.
         agree: gives every tensor-parallel rank rank 0's value, so that all run the same rehearsals.
     """
-    run: Callable[[Cell], float] = _Parts(rehearse, widest)
+    cells = plan(widest, most_requests, longest)
+    for again in range(TRIES):
+        if again:
+            time.sleep(PAUSE)
+        table.clear()
+        begin = time.perf_counter()
+        done = _measure(table, cells, _Parts(rehearse, widest), seconds, agree)
+        wrong = contradiction(table.cells)
+        if wrong is None:
+            logger.info(
+                "measured %d of %d cells of the cost table in %.1f s; kept in %s",
+                done,
+                len(cells),
+                time.perf_counter() - begin,
+                save(table, fingerprint),
+            )
+            return
+        logger.warning("the cost table was measured on a busy machine: %s", wrong)
+    table.clear()
+    logger.warning("no cost table this time: widths start from a guess, and steps correct it")
+
+
+def _measure(
+    table: CostTable,
+    cells: Sequence[Cell],
+    run: Callable[[Cell], float],
+    seconds: float,
+    agree: Callable[[float], float] | None,
+) -> int:
     clock = time.perf_counter
     if agree is not None:
         alone, mine = run, clock
         run, clock = (lambda cell: agree(alone(cell))), (lambda: agree(mine()))
-    cells = plan(widest, most_requests, longest)
-    begin = time.perf_counter()
-    done = measure(table, cells, run, seconds, clock=clock)
-    logger.info(
-        "measured %d of %d cells of the cost table in %.1f s; kept in %s",
-        done,
-        len(cells),
-        time.perf_counter() - begin,
-        save(table, fingerprint),
-    )
+    return measure(table, cells, run, seconds, clock=clock)
