@@ -31,7 +31,7 @@ BEST, AMONG, NONE, PAST = range(4)
 # Chances before anything was counted, by what the drafter says, and how many counts they are worth.
 FIRST = (0.9, 0.5, 0.25, 0.8)
 WORTH = 8.0
-# Counts fade with every step, so that they are of the last few thousand.
+# Counts fade with every step that recalled something, so that they are of the last few thousand.
 FADE = 0.9995
 
 
