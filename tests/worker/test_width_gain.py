@@ -141,6 +141,24 @@ def test_follows_a_text_that_changes():
     assert gains.tokens(Width(8, 6), 0.0) == pytest.approx(tokens(Width(8, 6), 0.5), rel=0.12)
 
 
+def test_a_text_of_another_kind_is_noticed():
+    """Ten steps of four requests are enough, where a plain average of a hundred would be half way."""
+    gains = Gains(6)
+    serve(gains, Width(8, 6), 100, 0.6)
+    assert gains.turns == 0
+    before, after = tokens(Width(8, 6), 0.6), tokens(Width(8, 6), 1.6)
+    serve(gains, Width(8, 6), 10, 1.6)
+    assert gains.turns > 0
+    assert gains.tokens(Width(8, 6), 0.0) - after < 0.3 * (before - after)
+
+
+def test_a_text_that_wavers_is_seldom_taken_for_another():
+    gains = Gains(6)
+    for seed in range(10):
+        serve(gains, Width(8, 6), 200, 1.0, seed=seed, requests=1)
+    assert gains.turns <= 2
+
+
 def test_tiers_that_were_not_computed_follow():
     gains = Gains(6)
     serve(gains, Width(4, 4), 400, 0.5, tiers=5)  # up to 6 nodes

@@ -6,7 +6,7 @@ is right on average and far noisier. So the word is averaged over the last steps
 by how right it has been, by block and depth (``truth``). All blocks share one average, each seen through how
 much better or worse it drafts than the others (``quality``): what one block shows of the text holds for all.
 What was not seen lately is taken at its long-run average, moved by as much as the recent text is easier or
-harder than the average (``luck``).
+harder than the average (``luck``). Where the text changes kind (``turns``), what was recent is soon forgotten.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sglang_dflash.step.width import Width
 from sglang_dflash.worker.width.beyond import Beyond
 from sglang_dflash.worker.width.prior import MOST, generic, lucky, parse, prior
 from sglang_dflash.worker.width.tiers import TIERS
+from sglang_dflash.worker.width.turn import Turns
 
 GREEDY, SAMPLED = 0, 1
 
@@ -30,6 +31,7 @@ RECENT = 100.0
 UNSEEN = 500.0
 LONG = 4000.0
 TRUTH = 2000.0
+TURNED = 15.0  # steps of the recent average that still count once the text has changed kind
 
 # How many such steps the starting values are worth.
 PRIOR_WORTH = 30.0
@@ -68,6 +70,7 @@ class Gains:
         recalled: int = 0,
     ) -> None:
         self._beyond = Beyond(recalled)
+        self._turns = Turns()
         self.blocks = tuple(range(2, block + 1))
         self.version = 0
         self._deepest = max(block - 1, 1)
@@ -147,6 +150,7 @@ class Gains:
             return
         worth = min(float(len(accepted)) or 1.0, MOST_PER_STEP)
         own = have[min(int(np.searchsorted(np.take(TIERS, have), width.nodes)), len(have) - 1)]
+        self._notice_turn(c, i, own, reach[own, 0], worth)
         self._learn_quality(c, i, own, reach[own], worth)
         scale = self._short[i, have, :depth] * self._quality[c, i, :depth]
         whole = np.where(scale > 0, reach[have] / np.maximum(scale, 1e-12), 0.0)  # as the greatest block's
@@ -176,6 +180,17 @@ class Gains:
                 self._said[c, i, d] += len(accepted) * said
                 self._seen[c, i, d] += float((got > d + 1).sum())
 
+    def _notice_turn(self, c: int, i: int, tier: int, first: float, worth: float) -> None:
+        """``first``: the chance said of depth 1."""
+        known = float(self._weight[c, tier, 0])
+        foretold = float(self._recent[c, tier, 0] * self._short[i, tier, 0] * self._quality[c, i, 0])
+        if known < TURNED or foretold <= 1e-3:
+            return
+        if self._turns.observe(c, first / foretold - 1.0, worth):
+            kept = np.minimum(1.0, TURNED / np.maximum(self._weight[c], 1e-12))
+            self._weight[c] *= kept
+            self._by_block[c] *= TURNED / max(known, TURNED)
+
     def _learn_quality(self, c: int, i: int, tier: int, reach: np.ndarray, worth: float) -> None:
         """Divide the surprise in one step's reach between the block and the text."""
         depth = len(reach)
@@ -199,6 +214,11 @@ class Gains:
         weight = float(self._weight[c, tier, 0])
         share = weight / (weight + LUCK_WORTH)
         self._power[c] += share * (min(max(now, 0.3), 3.0) - self._power[c])
+
+    @property
+    def turns(self) -> int:
+        """How often the text has changed kind."""
+        return self._turns.count
 
     # What a step brings --------------------------------------------------------------------------------
 
@@ -265,6 +285,7 @@ class Gains:
         return (
             self._long, self._long_weight, self._recent, self._weight, self._by_block,
             self._quality, self._unsure, self._said, self._seen, self._power, *self._beyond.parts(),
+            *self._turns.parts(),
         )  # fmt: skip
 
     def state(self) -> list[float]:

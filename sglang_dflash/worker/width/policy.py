@@ -167,6 +167,7 @@ class WidthPolicy:
         self._index = {width: i for i, width in enumerate(self.candidates)}
         self._probe_share = self._share = probe_share
         self._round = 0
+        self._turns, self._turned = gains.turns, 0  # changes of the text's kind, and the last one's round
         self._choices: dict[int, _Choice] = {}
         self._load: int | None = None
         self._savings = 0.0  # in steps' time: a probe's loss is divided by the step in force
@@ -180,7 +181,11 @@ class WidthPolicy:
         self._round += 1
         load = _bucket(requests)
         choice = self._choices.get(load)
-        if choice is None or self._round - choice.weighed >= _interval(self._round - choice.since):
+        if self.gains.turns != self._turns:
+            self._turns, self._turned = self.gains.turns, self._round
+        if choice is None or self._round - choice.weighed >= _interval(
+            self._round - max(choice.since, self._turned)
+        ):
             choice = self._choices[load] = self._weigh(choice, requests, length, sampled_share)
         self._load, self._last = load, (requests, length, sampled_share)
         width = self._probing(choice) or self.candidates[choice.at]
