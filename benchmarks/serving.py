@@ -3,11 +3,12 @@
     python benchmarks/serving.py --minutes 90            # or: make bench
     python benchmarks/serving.py --methods plain,auto,4x4 --concurrency 1,4 -- --dtype float32
 
-Three servers are started once and only the measured one is at work; all widths of trees are one server's.
-In a round every method answers the same prompts, greedy, at every load, in an order that changes from round
-to round; the next round has other prompts. What is compared is a method with another of the same round, so a
-machine that is slower for an hour slows both. Every finished cell is one line in out/serving.jsonl at once; a
-run that was stopped, or ran out of --minutes, goes on where it was. docs/benchmarks.md says more.
+Three servers are started in each round and only the measured one is at work; all widths of trees are one
+server's. In a round every method answers the same prompts, greedy, at every load, in an order that changes
+from round to round; the next round has other prompts. What is compared is a method with another of the same
+round, so a machine that is slower for an hour slows both. Every finished cell is one line in
+out/serving.jsonl at once; a run that was stopped, or ran out of --minutes, goes on where it was.
+docs/benchmarks.md says more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import command
@@ -178,25 +180,33 @@ def warm_up(plan: Plan, fleet: Fleet, progress: Progress) -> None:
 
 
 def run(plan: Plan, todo: Sequence[Group], rows: list[Row], progress: Progress) -> bool:
-    """Measure until all is done or the time is out (False); every row is appended to ``rows`` too."""
-    task = progress.add_task("starting the servers", total=None)
-    common = plan.common
-    with Fleet(common.pair, common.methods, common.out / "servers", nodes=common.nodes) as fleet:
-        warm_up(plan, fleet, progress)
-        progress.update(task, total=sum(len(group.methods) for group in todo), completed=0)
-        took = {(row.concurrency, row.method): row.seconds for row in rows}
-        for group in todo:
-            for method in group.methods:
-                if time.monotonic() + took.get((group.level, method), 0.0) > common.deadline:
+    """Measure until all is done or the time is out (False); every row is appended to ``rows`` too.
+
+    Servers are started anew for each round: of two processes that run the same code one is some per cent
+    faster as long as it lives, by where its memory came to lie.
+    """
+    task = progress.add_task("", total=sum(len(group.methods) for group in todo))
+    for number, of_round in groupby(todo, key=lambda group: group.round):
+        what = f"round {number + 1} of {plan.common.rounds}"
+        progress.update(task, description=f"{what}: starting the servers")
+        common = plan.common
+        with Fleet(common.pair, common.methods, common.out / "servers", nodes=common.nodes) as fleet:
+            warm_up(plan, fleet, progress)
+            for group, method in ((g, m) for g in of_round for m in g.methods):
+                if time.monotonic() + _took(rows, group.level, method) > common.deadline:
                     return False
-                text = f"round {group.round + 1} of {plan.common.rounds}, {group.level} in flight: {method}"
-                progress.update(task, description=text)
+                progress.update(task, description=f"{what}, {group.level} in flight: {method}")
                 row = measure(plan, fleet, group, method)
                 append(plan.rows_file, row)
                 rows.append(row)
-                took[group.level, method] = row.seconds
                 progress.advance(task)
     return True
+
+
+def _took(rows: Sequence[Row], level: int, method: str) -> float:
+    """Seconds of the last such cell; 0 where there was none."""
+    last = (row.seconds for row in reversed(rows) if (row.concurrency, row.method) == (level, method))
+    return next(last, 0.0)
 
 
 def make_plan(argv: list[str]) -> Plan:
