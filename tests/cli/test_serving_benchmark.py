@@ -403,3 +403,10 @@ def test_a_script_ends_with_its_exit_code() -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "error: --rounds, --nodes and --minutes must be above 0\n"
+
+
+def test_a_fleet_forgets_the_width_of_the_last_run(tmp_path: Path) -> None:
+    """A server that finds itself pinned measures no cost table, and ``auto`` would start from a guess."""
+    (tmp_path / "width").write_text("1x1\n")
+    with fleet.Fleet(None, [], tmp_path) as none:  # type: ignore[arg-type]
+        assert not none.control.exists()

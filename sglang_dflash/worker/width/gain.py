@@ -6,7 +6,7 @@ is right on average and far noisier. So the word is averaged over the last steps
 by how right it has been, by block and depth (``truth``). All blocks share one average, each seen through how
 much better or worse it drafts than the others (``quality``): what one block shows of the text holds for all.
 What was not seen lately is taken at its long-run average, moved by as much as the recent text is easier or
-harder than the average (``luck``). Where the text changes kind (``turns``), what was recent is soon forgotten.
+harder than the average (``luck``). Where the text changes kind (``turns``), the recent is soon forgotten.
 """
 
 from __future__ import annotations
