@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -275,36 +276,43 @@ def unfinished(plan: Plan, rows: Sequence[OffRow]) -> list[Group]:
 
 
 def run(plan: Plan, rows: list[OffRow], progress: Progress) -> bool:
-    """Measure until all is done or the time is out (False)."""
+    """Measure until all is done or the time is out (False). Servers are started anew for each round, see
+    `serving.run`: here a per cent is a finding."""
     common = plan.common
     todo = unfinished(plan, rows)
-    if not todo:
-        return True
-    task = progress.add_task("starting the servers", total=None)
+    task = progress.add_task("", total=len(todo) * len(METHODS))
     env = {"SGLANG_DFLASH_CANDIDATES": "benchmarks.useless_drafts:candidates", **importable()}
     folder = common.out / "servers-off"
-    with Fleet(
-        common.pair, METHODS, folder, nodes=common.nodes, flags=["--enable-metrics"], env=env
-    ) as fleet:
-        for method in METHODS:
-            for kind in KINDS:
-                ask_all(fleet.use(method), bodies(plan, kind, 4, common.rounds))
-            fleet.steps(method)
-        progress.update(task, total=len(todo) * len(METHODS), completed=0)
-        took = {(row.kind, row.concurrency, row.method): row.seconds for row in rows}
-        for group in todo:
-            for method in group.methods:
-                key = (group.kind, group.level, method)
-                if time.monotonic() + took.get(key, 0.0) > common.deadline:
+    for number, of_round in groupby(todo, key=lambda group: group.round):
+        what = f"round {number + 1} of {common.rounds}"
+        progress.update(task, description=f"{what}: starting the servers")
+        with Fleet(
+            common.pair, METHODS, folder, nodes=common.nodes, flags=["--enable-metrics"], env=env
+        ) as fleet:
+            warm_up(plan, fleet)
+            for group, method in ((g, m) for g in of_round for m in g.methods):
+                if time.monotonic() + _took(rows, group, method) > common.deadline:
                     return False
-                text = f"round {group.round + 1} of {common.rounds}, {group.kind}, {group.level}: {method}"
-                progress.update(task, description=text)
+                progress.update(task, description=f"{what}, {group.kind}, {group.level}: {method}")
                 row = measure(plan, fleet, group, method)
                 append(plan.rows_file, row)
                 rows.append(row)
-                took[key] = row.seconds
                 progress.advance(task)
     return True
+
+
+def warm_up(plan: Plan, fleet: Fleet) -> None:
+    for method in METHODS:
+        for kind in KINDS:
+            ask_all(fleet.use(method), bodies(plan, kind, 4, plan.common.rounds))
+        fleet.steps(method)
+
+
+def _took(rows: Sequence[OffRow], group: Group, method: str) -> float:
+    """Seconds of the last such turn; 0 where there was none."""
+    cell = (group.kind, group.level, method)
+    last = (row.seconds for row in reversed(rows) if (row.kind, row.concurrency, row.method) == cell)
+    return next(last, 0.0)
 
 
 def main(argv: list[str]) -> int:

@@ -30,7 +30,7 @@ from fleet import METHODS, Fleet, mode_of
 from rich.console import Console
 from rich.progress import Progress
 from serving_plot import facts, plot, table, verdict_table
-from serving_rows import Results, Row, append, percentiles, read_rows
+from serving_rows import AUTO, Results, Row, append, percentiles, read_rows
 
 from sglang_dflash.cli import target
 from sglang_dflash.client.chat import Prompt, Reply, connect, mean_accept_length, read_prompts, stream_reply
@@ -40,6 +40,8 @@ from sglang_dflash.models.prompts import prompts_file
 LEVELS = (1, 2, 4, 8, 16, 32)
 _WARM_UP_TOKENS = 4
 _WARM_UP_REQUESTS = 8
+#: What ``auto`` learns from before its first cell, half a minute: requests in flight, requests.
+_LEARNING = ((1, 4), (4, 12), (16, 32))
 #: A cell has so many times as many prompts as are in flight.
 _WAVES = 3
 
@@ -174,9 +176,18 @@ def warm_up(plan: Plan, fleet: Fleet, progress: Progress) -> None:
     jobs = [Job(prompt, _WARM_UP_TOKENS) for prompt in plan.prompts[:count]]
     for method in plan.common.methods:
         ask_all(fleet.use(method), jobs, count)
+        if method == AUTO:
+            _learn(plan, fleet.use(method))
         fleet.steps(method)
         progress.advance(task)
     progress.remove_task(task)
+
+
+def _learn(plan: Plan, url: str) -> None:
+    """Cells are of a server that has served a little, not of its first seconds."""
+    for level, count in _LEARNING:
+        if level <= max(plan.levels):
+            ask_all(url, [Job(prompt, plan.max_tokens) for prompt in plan.prompts[-count:]], level)
 
 
 def run(plan: Plan, todo: Sequence[Group], rows: list[Row], progress: Progress) -> bool:
