@@ -75,6 +75,7 @@ class Fleet:
         nodes: the tree server's ``--speculative-num-draft-tokens``.
         flags: more of SGLang's, for all.
         env: more, for all.
+        tree_first: start the tree server first, not last.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Fleet:
         nodes: int = NODES,
         flags: Sequence[str] = (),
         env: Mapping[str, str | None] | None = None,
+        tree_first: bool = False,
     ) -> None:
         self.folder = make_dir(folder).absolute()
         self.control = self.folder / "width"
@@ -94,7 +96,9 @@ class Fleet:
         self.info: dict[Mode, ServerInfo] = {}
         self.servers: dict[Mode, Server] = {}
         wanted = {mode_of(method) for method in methods}
-        for mode in (mode for mode in MODES if mode in wanted):
+        for mode in sorted(MODES, key=lambda mode: (mode == "tree") != tree_first):
+            if mode not in wanted:
+                continue
             words = [*pair.flags[mode], *flags]
             if "--sleep-on-idle" not in words:
                 words.append("--sleep-on-idle")
@@ -119,15 +123,17 @@ class Fleet:
         return port
 
     def __enter__(self) -> Fleet:
-        """Start them. The tree server comes last and alone: what a step costs is measured at its start."""
+        """Start them, the tree server alone: what a step costs is measured at its start."""
         # The last run's width would be one that pins the server, which then measures no table for ``auto``.
         self.control.unlink(missing_ok=True)
         with self._stack:
             waiting: list[Server] = []
+            before: Mode | None = None
             for mode, server in self.servers.items():
                 roomy = psutil.virtual_memory().available > (len(waiting) + 1) * BYTES_TO_START
-                if mode == "tree" or not roomy:
+                if "tree" in (mode, before) or not roomy:
                     _wait(waiting)
+                before = mode
                 self._stack.callback(server.stop)
                 server.launch()
                 waiting.append(server)

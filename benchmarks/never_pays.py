@@ -286,9 +286,8 @@ def run(plan: Plan, rows: list[OffRow], progress: Progress) -> bool:
     for number, of_round in groupby(todo, key=lambda group: group.round):
         what = f"round {number + 1} of {common.rounds}"
         progress.update(task, description=f"{what}: starting the servers")
-        with Fleet(
-            common.pair, METHODS, folder, nodes=common.nodes, flags=["--enable-metrics"], env=env
-        ) as fleet:
+        more = {"nodes": common.nodes, "flags": ["--enable-metrics"], "env": env}
+        with Fleet(common.pair, METHODS, folder, **more, tree_first=number % 2 == 1) as fleet:
             warm_up(plan, fleet)
             for group, method in ((g, m) for g in of_round for m in g.methods):
                 if time.monotonic() + _took(rows, group, method) > common.deadline:

@@ -193,15 +193,16 @@ def _learn(plan: Plan, url: str) -> None:
 def run(plan: Plan, todo: Sequence[Group], rows: list[Row], progress: Progress) -> bool:
     """Measure until all is done or the time is out (False); every row is appended to ``rows`` too.
 
-    Servers are started anew for each round: of two processes that run the same code one is some per cent
-    faster as long as it lives, by where its memory came to lie.
+    Servers are started anew for each round, the tree server now last, now first: a process's luck, such as
+    where its memory came to lie, is not to be in all rounds' ratios.
     """
     task = progress.add_task("", total=sum(len(group.methods) for group in todo))
     for number, of_round in groupby(todo, key=lambda group: group.round):
         what = f"round {number + 1} of {plan.common.rounds}"
         progress.update(task, description=f"{what}: starting the servers")
-        common = plan.common
-        with Fleet(common.pair, common.methods, common.out / "servers", nodes=common.nodes) as fleet:
+        common, odd = plan.common, number % 2 == 1
+        folder = common.out / "servers"
+        with Fleet(common.pair, common.methods, folder, nodes=common.nodes, tree_first=odd) as fleet:
             warm_up(plan, fleet, progress)
             for group, method in ((g, m) for g in of_round for m in g.methods):
                 if time.monotonic() + _took(rows, group.level, method) > common.deadline:
