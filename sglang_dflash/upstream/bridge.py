@@ -22,7 +22,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     ForwardMode,
     enable_num_token_non_padded,
 )
-from sglang.srt.runtime_context import get_parallel, get_spec
+from sglang.srt.runtime_context import get_disagg, get_memory, get_parallel, get_spec
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import is_dense_head_weight
 from sglang.srt.speculative.dflash_worker_v2 import _resolve_dflash_embedding_module
@@ -402,22 +402,41 @@ class Bridge:
         site = SpecTpSyncSite.DFLASH_ACCEPT_SAMPLE if sampled else SpecTpSyncSite.DFLASH_ACCEPT_GREEDY
         self.worker._tp_sync.sync(site, chosen)
 
+    def may_write_later(self) -> bool:
+        """Whether the drafter's K and V of a token may be written some steps after its target pass.
+
+        Not where SGLang copies the cache elsewhere between steps, and not where a drafter starts its next
+        block from the features of the last commit (Lilicorr).
+        """
+        return (
+            getattr(self.worker, "lilicorr", None) is None
+            and not get_memory().enable_hierarchical_cache
+            and get_disagg().disaggregation_mode == "null"
+        )
+
+    def drafter_slots(self, step: Step, rows: int) -> torch.Tensor:
+        """int64 [bs, rows]: the drafter's cache slots of the step's first ``rows`` positions."""
+        return self.worker._draft_write_ids(step.plan).view(step.batch_size, -1)[:, :rows].contiguous()
+
     def append_drafter_kv(
-        self, step: Step, hidden: torch.Tensor, positions: torch.Tensor, accept_lens: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        lens: torch.Tensor,
     ) -> None:
-        """Write the drafter's K and V for the accepted path's features.
+        """Write the drafter's K and V for the features of committed tokens.
 
         Args:
-            hidden: [bs, D + 1, k * H], rows of the path (rows beyond accept_lens are not written).
-            positions: int64 [bs, D + 1].
-            accept_lens: int32 [bs].
+            hidden: [R, D, k * H], each row's committed path; what lies at and beyond ``lens`` is not written.
+            slots: int64 [R, D], of `drafter_slots`.
+            positions: int64 [R, D].
+            lens: int32 [R].
         """
-        bs, block = positions.shape
-        cache_loc = self.worker._draft_write_ids(step.plan).view(bs, -1)[:, :block].contiguous()
         self.worker._append_target_hidden_to_draft_kv_by_loc(
-            target_hidden=hidden.reshape(bs * block, -1),
-            cache_loc=cache_loc.view(-1),
-            cache_loc_2d=cache_loc,
+            target_hidden=hidden.reshape(positions.numel(), -1),
+            cache_loc=slots.view(-1),
+            cache_loc_2d=slots,
             positions=positions.reshape(-1),
-            commit_lens=accept_lens,
+            commit_lens=lens,
         )

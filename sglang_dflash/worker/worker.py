@@ -189,6 +189,7 @@ class TreeWorker(DFlashWorkerV2):
             or batch.spec_info is None
         ):
             self.width.interrupt()
+            self.commit.settle()
             idle = batch.forward_mode.is_idle()
             if not idle:
                 self.adjust.prepare_prefill(batch, grammar_barrier)
@@ -203,6 +204,7 @@ class TreeWorker(DFlashWorkerV2):
                 self.adjust.remember_prefill(batch, result)
             return result
         if self.health.must_clean(self.steps):
+            self.commit.settle()
             clean_drafter_cache(self.draft_model_runner)
         traced = traced_rows(batch)
         laps = Laps(self.device, enabled=self.metrics is not None or traced is not None)
@@ -239,6 +241,7 @@ class TreeWorker(DFlashWorkerV2):
         grammar_barrier: Any,
         traced: list[bool] | None = None,
     ) -> GenerationBatchResult:
+        self.commit.begin(step, batch.reqs)
         laps.mark()
         drafted = self._draft(step, batch, laps, traced is not None)
         tree, recalled = drafted.tree, drafted.recalled
@@ -252,7 +255,7 @@ class TreeWorker(DFlashWorkerV2):
         laps.mark()
         if on_publish is not None:
             on_publish(accepted.new_lens)
-        self.commit(accepted, verified, step)
+        self.commit(accepted, verified, step, batch.reqs)
         laps.mark()
         self.adjust.remember(batch, step, accepted)
         if recalled is not None and self.recall is not None:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -410,3 +411,38 @@ def test_a_fleet_forgets_the_width_of_the_last_run(tmp_path: Path) -> None:
     (tmp_path / "width").write_text("1x1\n")
     with fleet.Fleet(None, [], tmp_path) as none:  # type: ignore[arg-type]
         assert not none.control.exists()
+
+
+@pytest.mark.parametrize(
+    ("tree_first", "order"), [(False, ["plain", "chain", "tree"]), (True, ["tree", "plain", "chain"])]
+)
+def test_a_tree_server_starts_alone(
+    tree_first: bool, order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step costs is measured at its start, when no other may be starting."""
+    starting: list[str] = []
+    launched: list[str] = []
+
+    class Quiet:
+        def __init__(self, words: list[str], *, log: Path, **_: object) -> None:
+            self.mode, self.url = log.stem, ""
+
+        def launch(self) -> None:
+            assert self.mode != "tree" or not starting
+            assert "tree" not in starting
+            starting.append(self.mode)
+            launched.append(self.mode)
+
+        def wait(self) -> None:
+            starting.remove(self.mode)
+
+        def stop(self) -> None: ...
+
+    info = SimpleNamespace(marker=SimpleNamespace(mode="tree"))
+    monkeypatch.setattr(fleet, "Server", Quiet)
+    monkeypatch.setattr(fleet, "read_server_info", lambda url: info)
+    flags: dict[fleet.Mode, list[str]] = {"plain": [], "chain": [], "tree": []}
+    pair = fleet.Target(tmp_path, tmp_path, flags, {}, 10)
+    with fleet.Fleet(pair, ["auto", "chain", "plain"], tmp_path, tree_first=tree_first):
+        assert launched == order
+        assert not starting
