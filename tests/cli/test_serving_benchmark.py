@@ -424,8 +424,8 @@ def test_a_tree_server_starts_alone(
     launched: list[str] = []
 
     class Quiet:
-        def __init__(self, words: list[str], *, log: Path, **_: object) -> None:
-            self.mode, self.url = log.stem, ""
+        def __init__(self, words: list[str], *, port: int, log: Path, **_: object) -> None:
+            self.mode, self.port, self.url = log.stem, port, ""
 
         def launch(self) -> None:
             assert self.mode != "tree" or not starting
