@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from sglang_dflash.step.width import PLAIN, Width
-from sglang_dflash.worker.width.cost import Cell, CostTable, measure, plan
+from sglang_dflash.worker.width.cost import Cell, CostTable, plan
 from sglang_dflash.worker.width.gain import Gains
+from sglang_dflash.worker.width.measure import measure
 from sglang_dflash.worker.width.policy import FixedWidth, Policy, WidthPolicy
 from sglang_dflash.worker.width.tiers import TIERS
 
@@ -220,7 +221,7 @@ def measured_table(world: World, seed: int, noise: Noise, most_requests: int = 4
     table = CostTable()
     now = [0.0]
 
-    def run(cell: Cell) -> float:
+    def run(cell: Cell) -> dict[Cell, float]:
         if cell.what == "rest":
             true = 0.5
         elif cell.what == "target":
@@ -229,7 +230,7 @@ def measured_table(world: World, seed: int, noise: Noise, most_requests: int = 4
             true = world.drafter(cell.rows, cell.requests)
         ms = true * speed * math.exp(rng.gauss(0, noise.sigma))
         now[0] += ms / 1e3
-        return ms
+        return {cell: ms}
 
     measure(table, plan(WIDEST, most_requests, 8192), run, 10.0, clock=lambda: now[0])
     return table

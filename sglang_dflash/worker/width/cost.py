@@ -7,10 +7,8 @@ import json
 import logging
 import math
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +22,6 @@ from sglang_dflash.worker.width.surface import Surface
 from sglang_dflash.worker.width.tiers import TIERS
 
 logger = logging.getLogger(__name__)
-
-# Share of the time to measure that may go to cells for the first time.
-FIRST_ROUND = 0.6
 
 # Standard deviation of the log of a price a doubling of rows or of requests away from the next measured
 # cell, and the greatest.
@@ -320,56 +315,6 @@ def _length_slope(cells: list[Cell], by_rows: bool) -> tuple[float, float]:
         squares = sum(x * x for x, _ in points)
         return 0.0, max(sum(x * y for x, y in points) / squares, 0.0)
     return fixed, per_row
-
-
-def measure(
-    table: CostTable,
-    cells: Sequence[Cell],
-    run: Callable[[Cell], float],
-    seconds: float,
-    *,
-    repeats: int = 12,
-    clock: Callable[[], float] = time.perf_counter,
-) -> int:
-    """Measure as many of the planned ``cells`` as ``seconds`` allow; the number of cells measured.
-
-    First, in at most 0.6 of the time, every cell runs once to warm it up and once for the clock. Then the
-    cell that had the least time so far runs again, until the time is up: cheap passes, whose differences
-    are small, are measured more often, and a cell's runs are apart in time, as noise comes in spells. A
-    cell's median counts. A cell that would take longer than what is left is passed over.
-
-    Args:
-        run: runs the cell's pass once and returns its milliseconds.
-        repeats: the most runs of a cell that count.
-    """
-    start = clock()
-    seen: dict[Cell, list[float]] = {}
-    spent: dict[Cell, float] = {}  # seconds, set-up included, without the warm-up
-
-    def once(cell: Cell) -> None:
-        begin = clock()
-        ms = run(cell)
-        spent[cell] = spent.get(cell, 0.0) + clock() - begin
-        if not ms > 0:
-            logger.warning("%s took %g ms by the clock; left out of the cost table", cell, ms)
-            return
-        seen.setdefault(cell, []).append(ms)
-        table.add(cell.model_copy(update={"ms": statistics.median(seen[cell])}))
-
-    for cell in cells:
-        expected = 2e-3 * table.part(cell.what, cell.rows, cell.requests, cell.length) if seen else 0.0
-        if clock() - start + expected < FIRST_ROUND * seconds:
-            run(cell)
-            once(cell)
-    again = [cell for cell in spent if cell in seen]
-    while again:
-        cell = min(again, key=lambda c: spent[c])
-        runs = len(seen[cell])
-        if runs >= repeats or clock() - start + spent[cell] / runs > seconds:
-            again.remove(cell)
-        else:
-            once(cell)
-    return len(seen)
 
 
 def contradiction(cells: Iterable[Cell]) -> str | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from sglang_dflash.step.width import Width
-from sglang_dflash.worker.width.cost import Cell, CostTable, What, contradiction, measure, plan, save
+from sglang_dflash.worker.width.cost import Cell, CostTable, What, contradiction, plan, save
+from sglang_dflash.worker.width.measure import Run, measure
 
 logger = logging.getLogger("sglang_dflash")
 
@@ -25,28 +25,31 @@ class Rehearses(Protocol):
     def __call__(self, width: Width, requests: int, length: int) -> tuple[float, float, float]: ...
 
 
-class _Parts:
-    """A rehearsed step gives the times of three cells; each cell takes them once."""
+class _Steps:
+    """A rehearsed step shows the times of up to three planned cells."""
 
-    def __init__(self, rehearse: Rehearses, widest: Width) -> None:
-        self._rehearse, self._widest = rehearse, widest
-        self._known: dict[tuple, list[dict[What, float]]] = defaultdict(list)
-        self._taken: dict[tuple, int] = defaultdict(int)
+    def __init__(self, rehearse: Rehearses, widest: Width, cells: Sequence[Cell]) -> None:
+        self._rehearse, self._widest, self._planned = rehearse, widest, set(cells)
 
     def _width(self, cell: Cell) -> Width:
         if cell.what == "draft":
             return Width(2, cell.rows)
         return Width(cell.rows, 1 if cell.rows == 1 else min(max(cell.rows, 2), self._widest.block))
 
-    def __call__(self, cell: Cell) -> float:
-        """Milliseconds of the cell's part of a step."""
-        step = (self._width(cell), cell.requests, cell.length)
-        seen = self._taken[cell.what, step]
-        if seen == len(self._known[step]):
-            draft, target, rest = self._rehearse(*step)
-            self._known[step].append({"draft": draft, "target": target, "rest": rest})
-        self._taken[cell.what, step] += 1
-        return 1e3 * self._known[step][seen][cell.what]
+    def __call__(self, cell: Cell) -> dict[Cell, float]:
+        """Milliseconds of the cell's part of a step, and of the parts that other cells ask for."""
+        width = self._width(cell)
+        draft, target, rest = self._rehearse(width, cell.requests, cell.length)
+        parts: list[tuple[What, int, float]] = [
+            ("draft", width.block, draft),
+            ("target", width.nodes, target),
+            ("rest", width.nodes, rest),
+        ]
+        shown = {
+            cell.model_copy(update={"what": what, "rows": rows}): 1e3 * seconds
+            for what, rows, seconds in parts
+        }
+        return {of: ms for of, ms in shown.items() if of in self._planned}
 
 
 def measure_costs(
@@ -58,7 +61,7 @@ def measure_costs(
     longest: int,
     seconds: float,
     fingerprint: Mapping[str, str],
-    agree: Callable[[float], float] | None = None,
+    agree: Callable[[Any], Any] | None = None,
 ) -> None:
     """Fill an empty table and keep it for the next start.
 
@@ -80,7 +83,7 @@ def measure_costs(
             time.sleep(PAUSE)
         table.clear()
         begin = time.perf_counter()
-        done = _measure(table, cells, _Parts(rehearse, widest), seconds, agree)
+        done = _measure(table, cells, _Steps(rehearse, widest, cells), seconds, agree)
         wrong = contradiction(table.cells)
         if wrong is None:
             logger.info(
@@ -99,9 +102,9 @@ def measure_costs(
 def _measure(
     table: CostTable,
     cells: Sequence[Cell],
-    run: Callable[[Cell], float],
+    run: Run,
     seconds: float,
-    agree: Callable[[float], float] | None,
+    agree: Callable[[Any], Any] | None,
 ) -> int:
     clock = time.perf_counter
     if agree is not None:
