@@ -16,8 +16,8 @@ FIRST_ROUND = 0.6
 # Seconds after which the reference is run again.
 LOOK = 0.2
 
-# So much more than its shortest, as a share, may the reference take by chance.
-STEADY = 0.05
+# So much more than at its best, as a share, may the reference take by chance.
+STEADY = 0.06
 
 # So much dearer than a greater cell, as a share, may a cell be by chance.
 DEARER = 0.02
@@ -79,14 +79,15 @@ class Runs:
     """Times of cells, each beside what the reference took shortly before and after it.
 
     Noise comes in spells in which all passes take longer. A run is quiet where both references around it took
-    about as long as the shortest of all. Of a cell that has a quiet run the shortest of all its runs counts,
-    for a first one, or what else the machine did, only adds. Of another one what is the spell's and not the
-    cell's is divided out first: what both references around a run are above the shortest.
+    about as long as at the machine's best. Of a cell that has a quiet run the shortest of all its runs
+    counts, for a first one, or what else the machine did, only adds. Of another one what is the spell's and
+    not the cell's is divided out first: what both references around a run are above the best.
     """
 
     def __init__(self, run: Run, reference: Cell, clock: Callable[[], float]) -> None:
         self._run, self._reference, self._clock = run, reference, clock
         self._references: list[float] = []
+        self._best = 0.0  # the least of a fifth of them: the least of all would be luck
         self._looked = float("-inf")
         self._seen: dict[Cell, list[tuple[float, int]]] = {}
 
@@ -100,6 +101,7 @@ class Runs:
             took = self._run(self._reference).get(self._reference, 0.0)
             if took > 0:
                 self._references.append(took)
+                self._best = sorted(self._references)[len(self._references) // 5]
             self._looked = self._clock()
         for shown, ms in self._run(cell).items():
             if ms > 0:
@@ -120,7 +122,7 @@ class Runs:
     def _slow(self, after: int) -> list[float]:
         """How much slower than at its best the machine was at the references before and at ``after``."""
         around = self._references[max(after - 1, 0) : after + 1]
-        return [took / min(self._references) for took in around] or [1.0]
+        return [max(took / self._best, 1.0) for took in around] or [1.0]
 
     def fill(self, table: CostTable, cells: Iterable[Cell]) -> None:
         for cell in cells:
