@@ -11,7 +11,7 @@ from sglang_dflash.worker.width.cost import Cell, CostTable
 logger = logging.getLogger("sglang_dflash")
 
 # Share of the time to measure that may go to cells for the first time.
-FIRST_ROUND = 0.6
+FIRST_ROUND = 0.3
 
 # Seconds after which the reference is run again.
 LOOK = 0.2
@@ -37,40 +37,43 @@ def measure(
 ) -> int:
     """Measure as many of the planned ``cells`` as ``seconds`` allow; the number of cells measured.
 
-    First, in at most 0.6 of the time, every cell runs twice. Then, until the time is up, runs a cell that has
-    no quiet run (`Runs`); where all have one, the cell that is dearest beside those of more rows or requests,
-    which cannot be cheaper; where there is none, the cell that had the least time so far. So cheap passes,
-    whose differences are small, are measured more often. The first cell is the reference for the machine's
-    speed. A cell that would take longer than what is left is passed over.
+    First, in at most 0.3 of the time, every cell runs once. Then, until the time is up, runs a cell that ran
+    once; where there is none, one that has no quiet run (`Runs`), then the cell that is dearest beside those
+    of more rows or requests, which cannot be cheaper, then the cell that had the least time so far. So cheap
+    passes, whose differences are small, are measured more often. The first cell is the reference for the
+    machine's speed. A cell that would take longer than what is left is passed over.
 
     Args:
         repeats: the most runs of a cell.
     """
     start = clock()
     runs = Runs(run, cells[0], clock)
-    spent: dict[Cell, float] = {}  # seconds, set-up included, without the first run
+    spent: dict[Cell, float] = {}  # seconds, set-up included
 
-    def timed(cell: Cell) -> None:
+    def once(cell: Cell) -> None:
         begin = clock()
         runs.once(cell)
         spent[cell] = spent.get(cell, 0.0) + clock() - begin
 
     for cell in cells:
-        expected = 2e-3 * table.part(cell.what, cell.rows, cell.requests, cell.length) if spent else 0.0
-        if clock() - start + expected < FIRST_ROUND * seconds:
-            if not runs.of(cell):
-                runs.once(cell)
-            timed(cell)
+        expected = 1e-3 * table.part(cell.what, cell.rows, cell.requests, cell.length) if spent else 0.0
+        if not runs.of(cell) and clock() - start + expected < FIRST_ROUND * seconds:
+            once(cell)
             runs.fill(table, [cell])
-    again = [cell for cell in spent if runs.of(cell)]
+    again = [cell for cell in cells if runs.of(cell)]
     while again:
         prices = {cell: runs.price(cell) for cell in again}
-        cell = max(again, key=lambda c: (not runs.quiet(c), _too_dear(c, prices), -spent[c]))
-        expected = spent[cell] / max(runs.of(cell) - 1, 1)
+
+        def urgency(cell: Cell, prices: Mapping[Cell, float] = prices) -> tuple[bool, bool, float, float]:
+            dear = _too_dear(cell, prices)
+            return runs.of(cell) == 1, not runs.quiet(cell), dear, -spent.get(cell, 0.0)
+
+        cell = max(again, key=urgency)
+        expected = spent.get(cell, 1e-3 * prices[cell]) / runs.of(cell)
         if runs.of(cell) > repeats or clock() - start + expected > seconds:
             again.remove(cell)
         else:
-            timed(cell)
+            once(cell)
     runs.fill(table, cells)
     return sum(runs.of(cell) > 0 for cell in cells)
 
