@@ -162,6 +162,9 @@ def test_state_with_something_behind_it_is_refused():
         CostTable().load([*table().state(), 1.0])
 
 
+SET_UP = 0.03  # seconds of a step beside the part that is asked for
+
+
 class Clock:
     """A machine whose time passes only while it measures."""
 
@@ -174,7 +177,7 @@ class Clock:
 
     def run(self, cell: Cell) -> dict[Cell, float]:
         ms = self.price(cell)
-        self.now += ms / 1e3
+        self.now += ms / 1e3 + SET_UP
         self.runs.append(cell)
         return {cell: ms}
 
@@ -195,7 +198,7 @@ def test_measuring_keeps_to_its_time(seconds):
 
 def test_cheap_cells_are_measured_more_often():
     clock, t = Clock(), CostTable()
-    measure(t, plan(Width(32, 6), 64, 8192), clock.run, 10.0, clock=clock)
+    measure(t, plan(Width(32, 6), 64, 8192), clock.run, 20.0, clock=clock)
     count = {
         r: sum(c.what == "target" and c.rows == 4 and c.requests == r for c in clock.runs) for r in (1, 16)
     }
@@ -217,8 +220,9 @@ class Neighbour(Clock):
                 self.until = self.now + self.rng.expovariate(1.0)
             step = min(left * self.slow, self.until - self.now) + 1e-9
             self.now, left = self.now + step, left - step / self.slow
+        took, self.now = self.now - began, self.now + SET_UP * self.slow
         self.runs.append(cell)
-        return {cell: (self.now - began) * 1e3}
+        return {cell: took * 1e3}
 
 
 def test_a_neighbour_who_comes_and_goes_is_not_in_the_table():
@@ -235,7 +239,7 @@ def test_a_neighbour_who_comes_and_goes_is_not_in_the_table():
                 wrong.append(abs(says * step_ms(Width(1, 1), requests) / step_ms(width, requests) - 1.0))
         worst.append(max(wrong))
     assert statistics.median(worst) < 0.08
-    assert max(worst) < 0.35
+    assert sorted(worst)[-3] < 0.1
 
 
 def test_a_cell_that_is_dearer_than_a_greater_one_runs_again_first():

@@ -11,7 +11,7 @@ from sglang_dflash.worker.width.cost import Cell, CostTable
 logger = logging.getLogger("sglang_dflash")
 
 # Share of the time to measure that may go to cells for the first time.
-FIRST_ROUND = 0.3
+FIRST_ROUND = 0.45
 
 # Seconds after which the reference is run again.
 LOOK = 0.2
@@ -37,7 +37,7 @@ def measure(
 ) -> int:
     """Measure as many of the planned ``cells`` as ``seconds`` allow; the number of cells measured.
 
-    First, in at most 0.3 of the time, every cell runs once. Then, until the time is up, runs a cell that ran
+    First, in at most 0.45 of the time, every cell runs once. Then, until the time is up, runs a cell that ran
     once; where there is none, one that has no quiet run (`Runs`), then the cell that is dearest beside those
     of more rows or requests, which cannot be cheaper, then the cell that had the least time so far. So cheap
     passes, whose differences are small, are measured more often. The first cell is the reference for the
