@@ -198,7 +198,7 @@ def test_measuring_keeps_to_its_time(seconds):
 
 def test_cheap_cells_are_measured_more_often():
     clock, t = Clock(), CostTable()
-    measure(t, plan(Width(32, 6), 64, 8192), clock.run, 20.0, clock=clock)
+    measure(t, plan(Width(32, 6), 64, 8192), clock.run, 40.0, clock=clock)
     count = {
         r: sum(c.what == "target" and c.rows == 4 and c.requests == r for c in clock.runs) for r in (1, 16)
     }
