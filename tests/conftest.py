@@ -29,7 +29,12 @@ def _our_loggers_speak() -> None:
 
 #: Files in tests/server that start servers of their own and use no session-wide one. They run one after
 #: the other: two servers of the embedded pair take 8 GB.
-_OWN_SERVERS = ("test_exact_bf16.py", "test_exact_float32.py", "test_triton_interpreter.py")
+_OWN_SERVERS = (
+    "test_chain.py",
+    "test_exact_bf16.py",
+    "test_exact_float32.py",
+    "test_triton_interpreter.py",
+)
 
 
 def lane(nodeid: str) -> str:

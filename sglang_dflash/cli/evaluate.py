@@ -86,12 +86,14 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(o.threads)
     if not o.corpus and o.prompts is None:
         raise UserError("nothing to judge on: give --corpus (held-out split) or --prompts FILE.jsonl")
+    dtype = None  # the fast one
     if o.server:
-        served.policy_of(
-            read_server_info(o.server, api_key=o.api_key)
-        )  # a server that cannot be judged is refused at once
+        info = read_server_info(o.server, api_key=o.api_key)
+        served.policy_of(info)  # a server that cannot be judged is refused at once
+        if info.computes_in(o.target) == "float32":  # no near-ties: the two must say the same
+            dtype = torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = DenseTarget(o.target, device=device)
+    target = DenseTarget(o.target, dtype, device)
     drafter = load_drafter(o.drafter).to(device, target.dtype).eval()
     layers = drafter.config.target_layers
     documents = _documents(o, target, layers, limit=o.limit)

@@ -1,14 +1,9 @@
-"""The embedded pair in bf16: plain decoding, draft trees, a top-1 tree and SGLang's own chain.
-
-One plain server answers for all of them (four servers in this module, at most two alive).
-"""
+"""The embedded pair in bf16: draft trees beside plain decoding."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,21 +11,16 @@ from typing import Any
 
 import pytest
 
-from sglang_dflash.cli.main import main
 from sglang_dflash.client.exact import ServerOracle, Tally, Verdict, judge, tally
-from sglang_dflash.drafter import read_config
-from tests.server.support import ROOT, Client, Request, chat_requests, dflash_args, embedded_args
+from tests.server.support import Client, Request, Serving, chat_requests, dflash_args, embedded_args
 
 pytestmark = pytest.mark.server
-
-Serving = Callable[..., AbstractContextManager[Client]]
 
 #: Prompts by the number of requests in flight: alone they take longest.
 BATCHES = {1: 18, 4: 34, 8: 50}
 NEW_TOKENS = 32
 PROMPTS = sum(BATCHES.values())
 LOGPROB_PROMPTS = 6
-PENALTIES = {"frequency_penalty": 1.9, "presence_penalty": 0.9, "repetition_penalty": 1.8}
 CANARIES = (
     *("zorblax", "quimpet", "frandle", "wizzock", "plumbor", "gratnik", "vexolot", "snarbel"),
     *("twodrin", "kelpash", "morvint", "druzzle", "hibquat", "jalpeno", "ombrix", "yastrel"),
@@ -62,23 +52,6 @@ def compare(plain: Plain, replies: list[dict[str, Any]]) -> Tally:
         if verdict.kind != "identical":
             print(f"  {verdict}")
     return counted
-
-
-def eval_apart(client: Client, policy: str, folder: Path) -> float:
-    """``sglang-dflash eval --server``: served accept length over the offline one, minus one, of the answers
-    that are equal. Where a near-tie sends the texts apart the lengths are of two texts: no more than 10 %."""
-    numbers = folder / "numbers.json"
-    args = ["--prompts", str(ROOT / "benchmarks" / "prompts.jsonl"), "--limit", "12", "--max-new", "48"]
-    args += ["--budgets", "16", "--server", client.server.url, "--json-out", str(numbers)]
-    assert main(["eval", *args]) == 0
-    served = json.loads(numbers.read_text())["served"]
-    assert served["policy"] == policy
-    assert served["answers"] == 12
-    assert set(served["accept_length"]) == set(served["offline"]) == {"all", "chat", "code", "equal"}
-    print(f"\n{served}")
-    apart = {name: served["accept_length"][name] / served["offline"][name] - 1 for name in served["offline"]}
-    assert abs(apart["all"]) <= 0.1
-    return apart["equal"]
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +116,6 @@ class TestTree:
         print(f"largest log-probability difference {worst:.4f}")
         assert worst < 0.15
 
-    def test_eval_says_offline_what_is_served(self, tree: Client, tmp_path: Path) -> None:
-        nodes = tree.info().speculative_num_draft_tokens
-        assert abs(eval_apart(tree, f"tree-{nodes}", tmp_path)) <= 0.03
-
     def test_sampling_and_greedy_in_one_batch(self, plain: Plain, tree: Client) -> None:
         requests = plain.requests[:4]
         greedy = tree.generate(requests, 1)
@@ -173,43 +142,3 @@ class TestTree:
         strangers = [words for own, words in zip(CANARIES, said, strict=True) if set(words) - {own}]
         assert strangers == []
         assert sum(words == [own] for own, words in zip(CANARIES, said, strict=True)) >= len(CANARIES) // 2
-
-
-class TestChain:
-    """A tree of the top-1 path alone is the chain: same tokens, same steps."""
-
-    COUNT = 12
-
-    def test_a_tree_of_the_spine_alone_is_the_builtin_chain(
-        self, serving: Serving, plain: Plain, target: Path, drafter: Path
-    ) -> None:
-        requests = plain.requests[: self.COUNT]
-        block = read_config(drafter).block
-        args = embedded_args(target, "bfloat16", *dflash_args(drafter, block))
-        # Without our general plugin, the built-in worker serves on our CPU platform.
-        with serving("chain", args, SGLANG_PLUGINS="dflash_cpu") as client:
-            assert client.info().marker is None
-            chain = client.generate(requests, 1)
-            # The same prefills again: a cached prefix rounds otherwise.
-            assert client.http.post("/flush_cache", params={"timeout": 60}).status_code == 200
-            ignored = client.generate(requests[:3], 1, **PENALTIES)
-            early = {"stop_token_ids": [chain[0]["output_ids"][6]], "min_new_tokens": 16}
-            stopped = client.generate(requests[:1], 1, **early)[0]
-        # The same drafts, as a tree: of this drafter the walk of its selector.
-        walk = {"SGLANG_DFLASH_CANDIDATES": "tests.server.walk:candidates", "PYTHONPATH": str(ROOT)}
-        with serving("walk", args, SGLANG_DFLASH_RECALL="0", **walk) as client:
-            assert f"draft trees on. nodes={block} block={block}" in client.server.output()
-            tree = client.generate(requests, 1)
-            penalised = client.generate(requests[:3], 1, **PENALTIES)
-            went_on = client.generate(requests[:1], 1, **early)[0]
-        for left, right in zip(chain, tree, strict=True):
-            assert left["output_ids"] == right["output_ids"]
-            assert left["meta_info"]["spec_verify_ct"] == right["meta_info"]["spec_verify_ct"]
-        part = Plain(plain.client, plain.oracle, requests, plain.outputs[: self.COUNT])
-        assert compare(part, tree).ok
-        # What SGLang's chain says with penalties is what it says without, and it stops too soon.
-        assert stopped["meta_info"]["completion_tokens"] <= 7
-        assert went_on["meta_info"]["completion_tokens"] >= 16
-        for left, right, free in zip(ignored, penalised, chain, strict=False):
-            assert left["output_ids"] == free["output_ids"]
-            assert right["output_ids"] != free["output_ids"]
