@@ -10,7 +10,7 @@ import torch
 from dflash_kernels import build_tree
 from sglang.srt.models import dflash
 
-from sglang_dflash.platform.model_mends import _run_on_a_cpu
+from sglang_dflash.platform.model_mends import _COMPILED, _RADIX, _run_on_a_cpu
 from sglang_dflash.step.noise import StepNoise
 from sglang_dflash.step.sampling import SamplingParams
 from sglang_dflash.step.selector import Selector, edges_of
@@ -65,6 +65,13 @@ def step(**more: Any) -> Any:
         prefix_lens=torch.tensor([7, 20, 9]),
         **known | more,
     )
+
+
+def test_sglang_still_has_what_a_cpu_does_without(module: Any) -> None:
+    """Renamed, it would be compiled in the first request, or refused there, without a word at the start."""
+    assert getattr(dflash, _RADIX) is None
+    for name in _COMPILED:
+        assert not hasattr(getattr(dflash, name), "_torchdynamo_orig_callable")
 
 
 @pytest.mark.parametrize("seed", range(8))
