@@ -59,6 +59,7 @@ class Plan:
     Attributes:
         least: jobs of a cell, or three times as many as are in flight where that is more.
         max_tokens: of a reply, on average; each has half of that to half as much again.
+        anew: start the servers anew in each round.
     """
 
     common: Common
@@ -66,6 +67,7 @@ class Plan:
     prompts: list[Prompt]
     least: int
     max_tokens: int
+    anew: bool = True
 
     @property
     def rows_file(self) -> Path:
@@ -197,17 +199,17 @@ def run(plan: Plan, todo: Sequence[Group], rows: list[Row], progress: Progress) 
     where its memory came to lie, is not to be in all rounds' ratios.
     """
     task = progress.add_task("", total=sum(len(group.methods) for group in todo))
-    for number, of_round in groupby(todo, key=lambda group: group.round):
-        what = f"round {number + 1} of {plan.common.rounds}"
-        progress.update(task, description=f"{what}: starting the servers")
+    for number, groups_of in groupby(todo, key=lambda group: group.round if plan.anew else 0):
+        progress.update(task, description=f"round {number + 1}: starting the servers")
         common, odd = plan.common, number % 2 == 1
         folder = common.out / "servers"
         with Fleet(common.pair, common.methods, folder, nodes=common.nodes, tree_first=odd) as fleet:
             warm_up(plan, fleet, progress)
-            for group, method in ((g, m) for g in of_round for m in g.methods):
+            for group, method in ((g, m) for g in groups_of for m in g.methods):
                 if time.monotonic() + _took(rows, group.level, method) > common.deadline:
                     return False
-                progress.update(task, description=f"{what}, {group.level} in flight: {method}")
+                what = f"round {group.round + 1} of {common.rounds}, {group.level} in flight: {method}"
+                progress.update(task, description=what)
                 row = measure(plan, fleet, group, method)
                 append(plan.rows_file, row)
                 rows.append(row)
@@ -226,13 +228,17 @@ def make_plan(argv: list[str]) -> Plan:
     parser.add_argument("--concurrency", default=",".join(map(str, LEVELS)), help="(%(default)s)")
     parser.add_argument("--prompts", type=int, default=6, help="least prompts of a cell (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=48, help="mean tokens of a reply (%(default)s)")
+    parser.add_argument(
+        "--same-servers", action="store_true", help="start them once: a process's luck is in all ratios then"
+    )
     args = target.parse(parser, argv)
     levels = command.numbers("--concurrency", args.concurrency)
     if args.prompts < 1 or args.max_tokens < 1:
         raise UserError("--prompts and --max-tokens must be above 0")
     prompts = mixed(read_prompts(prompts_file()))
-    common = command.resolve(args, [args.max_tokens, args.prompts, [p.prompt for p in prompts]])
-    return Plan(common, levels, prompts, args.prompts, args.max_tokens)
+    words = [p.prompt for p in prompts]
+    common = command.resolve(args, [args.max_tokens, args.prompts, args.same_servers, words])
+    return Plan(common, levels, prompts, args.prompts, args.max_tokens, not args.same_servers)
 
 
 def main(argv: list[str]) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -411,6 +415,30 @@ def test_a_fleet_forgets_the_width_of_the_last_run(tmp_path: Path) -> None:
     (tmp_path / "width").write_text("1x1\n")
     with fleet.Fleet(None, [], tmp_path) as none:  # type: ignore[arg-type]
         assert not none.control.exists()
+
+
+@pytest.mark.parametrize(("anew", "fleets"), [(True, [False, True, False]), (False, [False])])
+def test_servers_are_started_anew_in_each_round(
+    anew: bool, fleets: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tree server now last, now first; only ``--same-servers`` keeps them."""
+    started: list[bool] = []
+
+    @contextmanager
+    def fleet_of(*_: object, tree_first: bool, **__: object) -> Iterator[None]:
+        started.append(tree_first)
+        yield
+
+    monkeypatch.setattr(serving, "Fleet", fleet_of)
+    monkeypatch.setattr(serving, "warm_up", lambda *_: None)
+    monkeypatch.setattr(serving, "measure", lambda _, __, g, method: row(method, g.level, number=g.round))
+    wanted = replace(plan(rounds=3), anew=anew)
+    wanted = replace(wanted, common=replace(wanted.common, out=tmp_path, deadline=math.inf))
+    rows: list[serving.Row] = []
+    with Progress(disable=True) as bars:
+        assert serving.run(wanted, list(serving.groups(wanted)), rows, bars)
+    assert started == fleets
+    assert len(rows) == 3 * 3 * len(fleet.METHODS)
 
 
 @pytest.mark.parametrize(
