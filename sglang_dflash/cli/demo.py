@@ -159,13 +159,25 @@ def compare(
         return [Verdict("identical") for _ in pairs]
     oracle = ServerOracle(url, plan.pair.vocab_size)
     try:
-        dtype = plain.info.computes_in(plain.info.model_path)
+        dtype = resolve_dtype(plain.info)
         verdicts = []
         for one, other in progress.track(pairs, description="plain: looking at the differences"):
             verdicts.append(judge(oracle, one.prompt_ids, one.output_ids, other.output_ids, dtype))
         return verdicts
     finally:
         oracle.close()
+
+
+def resolve_dtype(info: ServerInfo) -> str:
+    """The dtype a server computes in; "auto" is what the model's config says."""
+    if info.dtype not in ("auto", "half"):
+        return {"float": "float32"}.get(info.dtype, info.dtype)
+    if info.dtype == "half":
+        return "float16"
+    config = json.loads((Path(info.model_path) / "config.json").read_text())
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    # SGLang's rule for "auto": float32 checkpoints are served in float16.
+    return "float16" if dtype == "float32" else dtype
 
 
 def add_columns(table: Table, mode: Mode) -> None:
@@ -224,7 +236,7 @@ def show(
     counts = tally(everything)
     console.print(
         f"exact: {'yes' if counts.ok else 'NO'} ({counts}; a near-tie is a first difference where plain "
-        f"decoding's own logit gap is within {plain.info.computes_in(plain.info.model_path)} rounding)",
+        f"decoding's own logit gap is within {resolve_dtype(plain.info)} rounding)",
         highlight=False,
     )
 

@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     if o.server:
         info = read_server_info(o.server, api_key=o.api_key)
         served.policy_of(info)  # a server that cannot be judged is refused at once
-        if info.computes_in(o.target) == "float32":  # no near-ties: the two must say the same
+        if info.dtype in ("float32", "float"):  # no near-ties: the two must say the same
             dtype = torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = DenseTarget(o.target, dtype, device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -41,17 +39,6 @@ class ServerInfo(BaseModel):
     speculative_num_draft_tokens: int | None = None
     attention_backend: str | None = None
     internal_states: list[dict[str, Any]] = []
-
-    def computes_in(self, model: Path | str) -> str:
-        """The dtype the server computes in; "auto" is what the config in its model's folder says."""
-        if self.dtype not in ("auto", "half"):
-            return {"float": "float32"}.get(self.dtype, self.dtype)
-        if self.dtype == "half":
-            return "float16"
-        config = json.loads((Path(model) / "config.json").read_text())
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        # SGLang's rule for "auto": float32 checkpoints are served in float16.
-        return "float16" if dtype == "float32" else dtype
 
     @property
     def marker(self) -> Marker | None:

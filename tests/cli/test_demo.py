@@ -102,7 +102,7 @@ def test_a_demo_of_the_wrong_worker_is_refused() -> None:
 def test_dtype_is_what_sglang_computes_in(asked: str, in_config: str, used: str, model: Path) -> None:
     (model / "config.json").write_text(json.dumps({"dtype": in_config}))
     info = ServerInfo(version="0.5.23", model_path=str(model), dtype=asked)
-    assert info.computes_in(model) == used
+    assert demo.resolve_dtype(info) == used
 
 
 def test_picture_and_data_are_written(plan: demo.Plan, model: Path) -> None:
