@@ -199,13 +199,13 @@ def run(plan: Plan, todo: Sequence[Group], rows: list[Row], progress: Progress) 
     where its memory came to lie, is not to be in all rounds' ratios.
     """
     task = progress.add_task("", total=sum(len(group.methods) for group in todo))
-    for number, groups_of in groupby(todo, key=lambda group: group.round if plan.anew else 0):
-        progress.update(task, description=f"round {number + 1}: starting the servers")
+    for number, together in groupby(todo, key=lambda group: group.round if plan.anew else 0):
+        progress.update(task, description="starting the servers")
         common, odd = plan.common, number % 2 == 1
         folder = common.out / "servers"
         with Fleet(common.pair, common.methods, folder, nodes=common.nodes, tree_first=odd) as fleet:
             warm_up(plan, fleet, progress)
-            for group, method in ((g, m) for g in groups_of for m in g.methods):
+            for group, method in ((g, m) for g in together for m in g.methods):
                 if time.monotonic() + _took(rows, group.level, method) > common.deadline:
                     return False
                 what = f"round {group.round + 1} of {common.rounds}, {group.level} in flight: {method}"

@@ -39,7 +39,7 @@ def args(target: Path, drafter: Path) -> list[str]:
 
 @dataclass
 class Said:
-    """What SGLang's chain answers: freely, with penalties, and with a stop token that has to wait."""
+    """What a server answers: freely, with penalties, and with a stop token that has to wait."""
 
     free: list[dict[str, Any]]
     penalised: list[dict[str, Any]]

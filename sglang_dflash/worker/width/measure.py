@@ -44,7 +44,7 @@ def measure(
     machine's speed. A cell that would take longer than what is left is passed over.
 
     Args:
-        repeats: the most runs of a cell.
+        repeats: the most runs of a cell after its first.
     """
     start = clock()
     runs = Runs(run, cells[0], clock)
